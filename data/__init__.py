@@ -1,0 +1,1 @@
+"""Text to traces: sources, criteria, capture, harvest, store and data modules."""

@@ -1,0 +1,214 @@
+"""Byte accounting: what one decoded token reads, dense and sparse.
+
+At batch 1 decode is bound by memory, so bytes are the currency in which every policy is compared.
+Reference point: batch 1, context 1024; weights in the host's dtype or a stated one; the output
+head, one embedding row and the norms are read; keys and values are read for key/value groups with
+at least one active head; a ``prompt`` decision is spread over 128 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gnomon.budget import Budget, choices, layer_counts
+from gnomon.host import KINDS, HostSpec, UnitKind, weight
+
+if TYPE_CHECKING:
+    from gnomon.policies.base import Policy
+
+CONTEXT = 1024
+PROMPT_TOKENS = 128  # decoded tokens over which one prompt decision is spread
+SCALE_BYTES = 4  # one fp32 scale per int8 row
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Density:
+    """Achieved kept fractions over sparse positions.
+
+    Attributes:
+        heads, neurons: means over layers.
+        groups: fraction of key/value groups with at least one active head.
+        per_layer: L values for ``heads`` and ``neurons``.
+    """
+
+    heads: float
+    neurons: float
+    groups: float
+    per_layer: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Elements that a decoded token reads, by part, over all layers."""
+
+    q_out: int
+    kv_proj: int
+    ffn: int
+    head: int
+    other: int
+    kv_per_token: int
+    rows: int
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: HostSpec) -> HostBytes:
+        """Counts a live host."""
+        hidden, kv = spec.H * spec.d, spec.G * spec.d
+        mats = 3 if spec.gated else 2
+        linear = spec.L * (2 * hidden * spec.D + 2 * kv * spec.D + mats * spec.F * spec.D)
+        tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+        head_weight = weight(model, spec.head)
+        head = head_weight.numel()
+        unique = sum(p.numel() for p in model.parameters())
+        shared = head_weight is weight(model, spec.embed)
+        rows = sum(m.weight.shape[1] for m in model.modules() if isinstance(m, nn.Embedding))
+        return cls(
+            q_out=spec.L * 2 * hidden * spec.D,
+            kv_proj=spec.L * 2 * kv * spec.D,
+            ffn=spec.L * mats * spec.F * spec.D,
+            head=head,
+            other=unique - linear - tables - (0 if shared else head) + rows,
+            kv_per_token=spec.L * 2 * kv,
+            rows=spec.L * (hidden + 2 * kv + 2 * spec.D + (mats - 1) * spec.F) + spec.V,
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Bytes per decoded token and their ratio; ``inputs`` holds everything they were made from."""
+
+    dense_bytes: float
+    sparse_bytes: float
+    predictor_bytes: float
+    byte_density: float
+    predictor_byte_share: float
+    inputs: dict[str, Any]
+
+
+def account(
+    policy: Policy, density: Density, *, context: int = CONTEXT, dtype: str | None = None
+) -> Accounting:
+    """Accounts a bound policy at an achieved density.
+
+    Args:
+        policy: bound to its host (``policy.bind``).
+        density: achieved densities.
+        context: tokens in the key/value cache.
+        dtype: stored dtype of host weights and cache; None takes the live host's.
+
+    Raises:
+        ValueError: unknown dtype or a context below one token.
+    """
+    host = policy.bytes
+    size = _size(dtype or host.dtype)
+    if context < 1:
+        raise ValueError(f"bytes.context={context}: give at least 1 token")
+    dense = size * (_weights(host, 1, 1, 1) + host.kv_per_token * context)
+    kv = density.groups if policy.kv == "drop" else 1.0
+    weights = _weights(host, density.heads, density.neurons, kv)
+    if policy.weight_dtype == "int8":
+        body = weights - host.other + SCALE_BYTES * host.rows + size * host.other
+    else:
+        body = size * weights
+    predictor = policy.predictor_bytes * _spread(policy.refresh)
+    sparse = body + size * host.kv_per_token * context * density.groups + predictor
+    inputs = {
+        **asdict(host),
+        "dtype": dtype or host.dtype,
+        "context": context,
+        "batch": 1,
+        "kv": policy.kv,
+        "weight_dtype": policy.weight_dtype or dtype or host.dtype,
+        "predictor_bytes": policy.predictor_bytes,
+        "decision_per_token": _spread(policy.refresh),
+        "group_density": density.groups,
+        "dense_bytes": dense,
+        "sparse_bytes": sparse,
+    }
+    return Accounting(dense, sparse, predictor, sparse / dense, predictor / dense, inputs)
+
+
+def expected_density(policy: Policy, budget: Budget) -> Density:
+    """Densities a budget aims at; active groups as if heads were drawn at random."""
+    spec = policy.spec
+    heads, neurons = (_counted(policy, budget, kind) for kind in KINDS)
+    groups = heads
+    if budget.head_unit == "head" and heads < 1:
+        kept = max(1, round(heads * spec.H))
+        groups = 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
+    return Density(heads, neurons, groups)
+
+
+def _counted(policy: Policy, budget: Budget, kind: UnitKind) -> float:
+    """The density that whole units give, e.g. 5 of 9 heads for 0.5."""
+    decided = [policy.decides(kind, layer) for layer in range(policy.spec.L)]
+    if budget.target(kind) == 1:
+        return 1.0
+    counts = layer_counts(budget, policy.spec, kind, decided)
+    return sum(counts) / (policy.spec.L * choices(budget, policy.spec, kind))
+
+
+def solve_bytes(policy: Policy, budget: Budget, steps: int = 40) -> float:
+    """The common unit density at which a byte budget is met, by bisection.
+
+    Raises:
+        ValueError: the parts that no density removes (output head, cache, predictor) exceed it.
+    """
+
+    def cost(density: float) -> float:
+        trial = Budget(
+            density=density,
+            heads=budget.heads,
+            neurons=budget.neurons,
+            head_unit=budget.head_unit,
+        )
+        return account(
+            policy, expected_density(policy, trial), dtype=policy.bytes_dtype
+        ).byte_density
+
+    target = budget.bytes or 1.0
+    low, high = _least(policy) + 1e-3, 1.0
+    if cost(low) > target:
+        raise ValueError(
+            f"budget.bytes={target:g} cannot be reached by policy={policy.name}: with no units "
+            f"kept it still reads {cost(low):.3f} of the dense bytes. Raise budget.bytes or use a "
+            "smaller predictor"
+        )
+    if cost(high) <= target:
+        return 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) > target else (middle, high)
+    return low
+
+
+def _least(policy: Policy) -> float:
+    """Density taken by the layers that the policy must keep dense."""
+    spec = policy.spec
+    forced = [sum(not policy.decides(kind, i) for i in range(spec.L)) for kind in KINDS]
+    return max(n if n < spec.L else 0 for n in forced) / spec.L
+
+
+def _weights(host: HostBytes, heads: float, neurons: float, kv: float) -> float:
+    return host.q_out * heads + host.kv_proj * kv + host.ffn * neurons + host.head + host.other
+
+
+def _spread(refresh: str) -> float:
+    return {"token": 1.0, "prompt": 1.0 / PROMPT_TOKENS, "static": 0.0}[refresh]
+
+
+def _size(dtype: str) -> int:
+    name = dtype.removeprefix("torch.")
+    if name not in _SIZES:
+        try:
+            return torch.empty(0, dtype=getattr(torch, name)).element_size()
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"bytes.dtype={dtype!r}: use {', '.join(_SIZES)}") from error
+    return _SIZES[name]

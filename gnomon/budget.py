@@ -1,0 +1,136 @@
+"""Budgets: how much of the host a policy may keep, and how many units that is in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gnomon.host import HostSpec, UnitKind
+
+Spread = Literal["layer", "global", "hybrid"]
+HeadUnit = Literal["head", "group"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept. Densities are kept fractions in (0, 1]; heads and neurons never compete.
+
+    Attributes:
+        density: sets both kinds.
+        heads: density of query heads; overrides ``density``. A kind that nothing sets stays dense.
+        neurons: density of FFN neurons; overrides ``density``.
+        spread: ``layer`` keeps K = max(1, round(density·N)) in every layer; ``global`` ranks the
+            units of all layers together; ``hybrid`` is global with a floor in every layer.
+        bytes: byte density to reach with one common unit density, found by byte accounting;
+            ``heads`` or ``neurons`` given beside it stay as given.
+        max_ppl_increase: perplexity increase to allow, e.g. 0.03: reserved for the calibrated dial.
+        head_unit: decide single query heads, or whole key/value groups.
+        floor: least density of a layer under ``hybrid``.
+
+    Raises:
+        ValueError: a density outside (0, 1], conflicting or missing fields.
+    """
+
+    density: float | None = None
+    heads: float | None = None
+    neurons: float | None = None
+    spread: Spread = "layer"
+    bytes: float | None = None
+    max_ppl_increase: float | None = None
+    head_unit: HeadUnit = "head"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in ("density", "heads", "neurons", "bytes", "floor"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(
+                    f"budget.{field}={value} is outside (0, 1]: it is a kept fraction "
+                    "(1 keeps everything)"
+                )
+        if self.spread not in get_args(Spread):
+            raise ValueError(f"budget.spread={self.spread!r}: use {', '.join(get_args(Spread))}")
+        if self.head_unit not in get_args(HeadUnit):
+            raise ValueError(
+                f"budget.head_unit={self.head_unit!r}: use {', '.join(get_args(HeadUnit))}"
+            )
+        if self.max_ppl_increase is not None:
+            raise ValueError(
+                f"budget.max_ppl_increase={self.max_ppl_increase}: the calibrated dial is not "
+                "part of this release; set budget.density, budget.heads/neurons or budget.bytes"
+            )
+        if self.bytes is not None and self.density is not None:
+            raise ValueError(
+                f"budget.bytes={self.bytes} and budget.density={self.density} exclude each other: "
+                "bytes picks the density (set budget.density=null)"
+            )
+        if all(getattr(self, f) is None for f in ("density", "heads", "neurons", "bytes")):
+            raise ValueError("budget is empty: set budget.density, heads, neurons or bytes")
+
+    def target(self, kind: UnitKind) -> float:
+        """Density of one kind, in the mean over all layers; 1 for an unsolved ``bytes`` one."""
+        own = self.heads if kind == "heads" else self.neurons
+        if own is not None:
+            return own
+        return 1.0 if self.density is None else self.density
+
+
+def layer_counts(
+    budget: Budget, spec: HostSpec, kind: UnitKind, decided: Sequence[bool]
+) -> list[int]:
+    """Units kept in each layer under ``spread=layer``.
+
+    Layers that the policy cannot decide stay dense and count: the others go lower, so that the mean
+    over all layers meets the target. With ``head_unit=group`` counts are in key/value groups.
+
+    Args:
+        decided: per layer, whether the policy decides it.
+
+    Returns:
+        L counts.
+
+    Raises:
+        ValueError: the dense layers alone exceed the budget.
+    """
+    n, target = choices(budget, spec, kind), budget.target(kind)
+    free = sum(decided)
+    if free == 0:
+        return [n] * spec.L
+    rest = (target * spec.L - (spec.L - free)) / free
+    if rest <= 0:
+        dense = [i for i, d in enumerate(decided) if not d]
+        raise ValueError(
+            f"budget.{kind}={target:g} keeps no unit: this policy must keep layers {dense} of "
+            f"{spec.L} dense, which alone is {(spec.L - free) / spec.L:.3f}. Raise the density or "
+            "use a predictor that reads an earlier layer"
+        )
+    k = max(1, round(rest * n))
+    return [k if d else n for d in decided]
+
+
+def global_counts(
+    budget: Budget, spec: HostSpec, kind: UnitKind, ranking: Sequence[Sequence[float]]
+) -> list[int]:
+    """Units kept in each layer when fixed scores (L, N) of all layers are ranked together.
+
+    ``hybrid`` raises every layer to its floor and takes the excess from the others' lowest ranks.
+    """
+    n = choices(budget, spec, kind)
+    total = max(spec.L, round(budget.target(kind) * n * spec.L))
+    least = max(1, round(budget.floor * n)) if budget.spread == "hybrid" else 1
+    rows = [sorted(row, reverse=True) for row in ranking]
+    counts = [min(n, least)] * spec.L
+    rest = sorted(
+        ((score, layer) for layer, row in enumerate(rows) for score in row[least:]), reverse=True
+    )
+    for _, layer in rest[: max(0, total - sum(counts))]:
+        counts[layer] += 1
+    return counts
+
+
+def choices(budget: Budget, spec: HostSpec, kind: UnitKind) -> int:
+    """How many things are chosen from in one layer: heads or groups, or neurons."""
+    if kind == "heads" and budget.head_unit == "group":
+        return spec.G
+    return spec.units(kind)

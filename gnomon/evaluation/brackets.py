@@ -1,0 +1,106 @@
+"""Brackets: what stands beside every quality row, at the same budget (DESIGN rule 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from gnomon.budget import Budget
+from gnomon.evaluation.bench import Bench
+from gnomon.evaluation.rows import BRACKETS
+from gnomon.policies import POLICIES, Policy, build_policy
+
+log = logging.getLogger(__name__)
+
+
+def measure_brackets(
+    bench: Bench,
+    policy: Policy,
+    names: Sequence[str],
+    means: Mapping[Any, Tensor] | None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> list[dict[str, Any]]:
+    """Measures the brackets of a policy, each once per process for the same host, text and budget.
+
+    Args:
+        bench: where.
+        policy: whose budget and batch setting the brackets take.
+        names: of the brackets, any of ``BRACKETS``; the policy itself is left out.
+        means: per-unit means for ``static``; None leaves that bracket out, with a warning.
+        seed: of the random policy and the bootstrap.
+        resamples: of the bootstrap.
+
+    Returns:
+        Objects ``{policy, density, quality}`` of results.json.
+    """
+    rows = []
+    for name in names:
+        if name == policy.name:
+            continue
+        if name == "static" and means is None:
+            log.warning("No predictor of this host holds per-unit means: bracket `static` left out")
+            continue
+        try:
+            rows.append(_measure(bench, policy, name, means, seed, resamples))
+        except ValueError as error:
+            log.warning("Bracket `%s` left out: %s", name, error)
+    return rows
+
+
+def check_brackets(names: Sequence[str]) -> None:
+    """Raises ValueError for an unknown bracket."""
+    unknown = [name for name in names if name not in BRACKETS]
+    if unknown:
+        raise ValueError(
+            f"measure.quality.brackets={unknown[0]!r} is unknown; use {', '.join(BRACKETS)}"
+        )
+
+
+def identity(policy: Policy, params: Mapping[str, Any], source: str = "") -> str:
+    """What tells one policy from another: name, budget, settings, source of its scores."""
+    settings = [policy.refresh, policy.batch, policy.kv]
+    own = {"seed": getattr(policy, "seed", None)} | dict(params)  # a default said is a default
+    facts = [policy.name, asdict(policy.budget), settings, own, source]
+    return json.dumps(facts, sort_keys=True, default=str)
+
+
+def means_digest(means: Mapping[Any, Tensor]) -> str:
+    """16 hex digits over per-unit means."""
+    digest = hashlib.sha256()
+    for kind in sorted(means):
+        digest.update(means[kind].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _measure(
+    bench: Bench,
+    policy: Policy,
+    name: str,
+    means: Mapping[Any, Tensor] | None,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    params = {"seed": seed} if name == "random" else {}
+    budget = bracket_budget(name, policy.budget)
+    bracket = build_policy(name, budget, means, batch=policy.batch, **params)
+    about = identity(bracket, params, means_digest(means) if name == "static" and means else "")
+    measured = bench.measure(bracket, about)
+    quality = bench.perplexity(measured, resamples=resamples, seed=seed)
+    return {
+        "policy": name,
+        "density": measured.as_result(layers=False),
+        "quality": {"texts": {bench.blocks.name: quality.as_result()}},
+    }
+
+
+def bracket_budget(name: str, budget: Budget) -> Budget:
+    """The policy's budget, spread by layer where the bracket offers no other spread."""
+    return budget if budget.spread in POLICIES[name].spreads else replace(budget, spread="layer")

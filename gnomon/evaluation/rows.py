@@ -1,0 +1,128 @@
+"""Flat rows of results, one per policy and text: what tables, CSV files and figures read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+BRACKETS = ("dense_int8", "oracle", "static", "random")
+COLUMNS = (
+    "host",
+    "text",
+    "protocol",
+    "prompt",
+    "policy",
+    "refresh",
+    "batch",
+    "kv",
+    "predictor",
+    "backend",
+    "seed",
+    "target_heads",
+    "target_neurons",
+    "heads",
+    "neurons",
+    "byte_density",
+    "predictor_byte_share",
+    "tokens",
+    "ppl_dense",
+    "ppl_sparse",
+    "ppl_ratio",
+    "ci_low",
+    "ci_high",
+    "kl",
+    "agreement",
+    "recall",
+    "mass",
+    "spearman",
+    "bracket",
+)
+
+
+def rows_of(results: Mapping[str, Any]) -> list[Row]:
+    """Rows of one run, for every text: the policy itself, then its brackets."""
+    policy = results["policy"]
+    common = {
+        "host": results["host"]["name"],
+        "protocol": results["protocol"]["name"],
+        "backend": results["backend"],
+        "seed": results["seed"],
+    } | _present({"prompt": results["protocol"].get("prompt")})
+    own = {key: policy[key] for key in ("refresh", "batch", "kv")} | {"policy": policy["name"]}
+    own |= _present({"predictor": predictor_label(policy.get("predictor"))})
+    rows = list(_rows(common | own, results["density"], results.get("quality", {})))
+    for bracket in results.get("brackets", []):
+        named = common | {"policy": bracket["policy"], "bracket": True}
+        rows += _rows(named, bracket["density"], bracket["quality"])
+    return rows
+
+
+def merge(runs: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows of many runs; a bracket that several runs share, or that was run itself, stands once."""
+    rows: list[Row] = []
+    every = [row for run in runs for row in rows_of(run)]
+    for row in sorted(every, key=lambda row: bool(row.get("bracket"))):
+        if not (row.get("bracket") and any(_same(row, other) for other in rows)):
+            rows.append(row)
+    return sorted(rows, key=_order)
+
+
+def predictor_label(predictor: Mapping[str, Any] | None) -> str | None:
+    """Short name of a predictor in a table: its class and the start of its hash."""
+    if not predictor:
+        return None
+    digest = predictor.get("sha256", "")[:8]
+    return f"{predictor['class']}@{digest}" if digest else str(predictor["class"])
+
+
+def settings(rows: Sequence[Row]) -> dict[str, Any]:
+    """What all rows share, by column, of the settings that can differ between rows."""
+    keys = ("host", "text", "protocol", "prompt", "tokens", "backend")
+    shared = {key: {str(row[key]) for row in rows if key in row} for key in keys}
+    return {key: values.pop() for key, values in shared.items() if len(values) == 1}
+
+
+def _rows(common: Row, density: Mapping[str, Any], quality: Mapping[str, Any]) -> Iterator[Row]:
+    base = common | {
+        "target_heads": density["target"]["heads"],
+        "target_neurons": density["target"]["neurons"],
+        **{k: density[k] for k in ("heads", "neurons", "byte_density", "predictor_byte_share")},
+    }
+    generation, predictor = quality.get("generation", {}), quality.get("predictor", {})
+    base |= _present({key: generation.get(key) for key in ("kl", "agreement")})
+    base |= _present({key: _mean(predictor.get(key)) for key in ("recall", "mass", "spearman")})
+    for name, text in quality.get("texts", {}).items():
+        low, high = text.get("ppl_ratio_ci", (None, None))
+        kept = {k: text[k] for k in ("tokens", "ppl_dense", "ppl_sparse", "ppl_ratio")}
+        yield base | kept | {"text": name} | _present({"ci_low": low, "ci_high": high})
+    if not quality.get("texts"):
+        yield base
+
+
+def _present(fields: Row) -> Row:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _mean(value: Any) -> float | None:
+    """A measure given per unit kind as one number: the neurons', which are nearly all units."""
+    if isinstance(value, Mapping):
+        return value.get("neurons", next(iter(value.values()), None))
+    return value
+
+
+def _same(bracket: Row, other: Row) -> bool:
+    keys = [key for key in bracket if key not in ("bracket", "seed")]
+    return all(_close(bracket[key], other.get(key)) for key in keys)
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, int | float):
+        return abs(a - b) <= 1e-6 * max(1.0, abs(a))
+    return bool(a == b)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    first = "" if row["policy"] not in BRACKETS else f"~{BRACKETS.index(row['policy'])}"
+    return (row["host"], row.get("text", ""), first, row["policy"], -row["byte_density"])

@@ -1,0 +1,201 @@
+"""One evaluation run: what ``evaluate.py`` needs between its config and its results."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+
+from gnomon.accounting import account, expected_density
+from gnomon.env import versions
+from gnomon.evaluation.baseline import host_key
+from gnomon.evaluation.bench import Bench, density_result, targets
+from gnomon.evaluation.quality import Protocol
+from gnomon.evaluation.results import commit, require_new, write_results
+from gnomon.evaluation.subject import (
+    Found,
+    Subject,
+    describe_predictor,
+    find,
+    find_means,
+    make_subject,
+    overlap,
+    require_policy,
+)
+from gnomon.host import describe
+
+if TYPE_CHECKING:
+    from gnomon.data.text import Text
+
+log = logging.getLogger(__name__)
+_last: dict[str, tuple[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: its results, where they lie, and what the user should know about them."""
+
+    results: dict[str, Any]
+    path: Path
+    warning: str | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity ratio on the first text, where it was measured."""
+        texts = self.results.get("quality", {}).get("texts", {})
+        return next((text["ppl_ratio"] for text in texts.values()), None)
+
+
+def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome:
+    """Runs every measure of a resolved evaluation config and writes ``results.json``.
+
+    Args:
+        settings: the config of ``conf/evaluate.yaml`` as plain values.
+        folder: of this run; must not hold results yet.
+        command: that makes this run again.
+
+    Raises:
+        ValueError: anything the user has to change, before the expensive part where possible.
+        FileExistsError: the folder holds results.
+    """
+    require_new(folder)
+    policy, budget = settings["policy"], instantiate(settings["budget"])
+    require_policy(policy["name"])
+    measures = [instantiate(measure) for measure in settings["measure"].values()]
+    bench = open_bench(
+        settings["host"],
+        settings["text"],
+        settings["protocol"],
+        backend=settings["backend"],
+        cache=settings["paths"]["cache"],
+        bytes_dtype=settings["bytes"]["dtype"],
+    )
+    root, seed = settings["paths"]["predictors"], int(settings["seed"])
+    found = find(policy["name"], policy.get("predictor"), root, bench.spec)
+    subject = make_subject(policy, budget, found, find_means(found, root, bench.spec))
+    results = start_results(
+        bench, subject, found, policy.get("params") or {}, command=command, seed=seed
+    )
+    for measure in measures:
+        measure.check(bench)
+    for measure in measures:
+        measure.run(bench, subject, results)
+    return Outcome(results, write_results(results, folder), overlap(bench, found))
+
+
+def once(kind: str, config: Mapping[str, Any], make: Any) -> Any:
+    """``make()``, or what it made last for the same config: the jobs of a sweep share one host."""
+    key = json.dumps(config, sort_keys=True, default=str)
+    if _last.get(kind, ("", None))[0] != key:
+        _last.pop(kind, None)  # frees the old host before the next is loaded
+        _last[kind] = (key, make())
+    return _last[kind][1]
+
+
+def open_bench(
+    host: Mapping[str, Any],
+    text: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    *,
+    backend: str,
+    cache: str | Path | None,
+    bytes_dtype: str | None = None,
+) -> Bench:
+    """Loads host and text from their configs.
+
+    Args:
+        host: config of the host (``_target_`` and arguments).
+        text: config of the text, with ``batch`` (blocks per forward) and ``split``
+            (``auto``, ``train``, ``heldout`` or ``all``) beside the arguments of its class.
+        protocol: ``name`` and ``prompt``.
+        backend: of :func:`gnomon.sparsify`.
+        cache: folder of the dense baselines.
+        bytes_dtype: dtype of byte accounting; None takes the host's.
+
+    Raises:
+        ValueError: what host or text is wrong, or a prompt that fills its block.
+    """
+    rules = Protocol(protocol["name"], protocol["prompt"])
+    own = {key: value for key, value in text.items() if key not in ("batch", "split")}
+    source: Text = instantiate(own)
+    rules.targets(int(own["block"]))
+    split = choose_split(str(text["split"]), str(own["_target_"]))
+    model, tokenizer = once("host", host, lambda: instantiate(dict(host)))
+    about = {"host": dict(host), "text": own, "split": split}
+    blocks = once("blocks", about, lambda: source.blocks(tokenizer, split))  # type: ignore[arg-type]
+    spec = describe(model)
+    return Bench(
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        key=host_key(model, spec),
+        blocks=blocks,
+        protocol=rules,
+        backend=backend,
+        batch=int(text["batch"]),
+        cache=Path(cache) if cache else None,
+        bytes_dtype=bytes_dtype,
+    )
+
+
+def choose_split(split: str, target: str) -> str:
+    """``auto``: ``heldout`` for texts that training uses (embedded, synthetic), else ``all``."""
+    known = ("auto", "train", "heldout", "all")
+    if split not in known:
+        raise ValueError(f"text.split={split!r} is unknown; use one of {', '.join(known)}")
+    if split != "auto":
+        return split
+    shared = target.endswith(("EmbeddedText", "SyntheticText"))
+    return "heldout" if shared else "all"
+
+
+def start_results(
+    bench: Bench,
+    subject: Subject,
+    found: Found,
+    params: Mapping[str, Any],
+    *,
+    command: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Results before anything is measured: identities, and the densities that the budget aims at.
+
+    Binds the policy, so that a budget that cannot be met fails here.
+    """
+    policy, spec = subject.policy, bench.spec
+    policy.bytes_dtype = bench.bytes_dtype
+    policy.bind(bench.model, spec)
+    aimed = expected_density(policy, policy.resolved)
+    accounting = account(policy, aimed, dtype=bench.bytes_dtype)
+    about: dict[str, Any] = {
+        "name": policy.name,
+        "refresh": policy.refresh,
+        "batch": policy.batch,
+        "kv": policy.kv,
+        "params": dict(params) | {"spread": policy.budget.spread},
+    }
+    if found.predictor is not None:
+        about["predictor"] = describe_predictor(found)
+    prompt = bench.protocol.prompt_length
+    return {
+        "host": {
+            **{key: getattr(spec, key) for key in ("name", "family", "revision", "hash")},
+            **{key: getattr(spec, key) for key in "LHGDF"},
+            "dtype": bench.key["dtype"],
+            "device": bench.key["device"],
+        },
+        "policy": about,
+        "backend": "mask" if bench.backend == "auto" else bench.backend,
+        "protocol": {"name": bench.protocol.name, "block": bench.block, "batch": bench.batch}
+        | ({"prompt": prompt} if prompt else {}),
+        "density": density_result(targets(policy), aimed, accounting, layers=False),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command,
+        "seed": seed,
+    }

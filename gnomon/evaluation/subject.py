@@ -1,0 +1,165 @@
+"""The subject of an evaluation: a policy, the predictor it asks, and where that came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gnomon.budget import Budget
+from gnomon.evaluation.bench import Bench
+from gnomon.evaluation.brackets import identity, means_digest
+from gnomon.host import KINDS, HostSpec
+from gnomon.policies import POLICIES, Policy, build_policy
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.folder import find_predictor, load_predictor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        policy: the policy.
+        identity: what tells it from other policies.
+        means: per-unit means for the static bracket, if any predictor of the host holds them.
+        metrics: the predictor's held-out metrics, recorded at training.
+    """
+
+    policy: Policy
+    identity: str
+    means: Mapping[Any, Tensor] | None = None
+    metrics: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A predictor and where it came from; both None for a policy without one."""
+
+    predictor: Predictor | None = None
+    source: str | None = None
+
+
+def require_policy(name: str) -> None:
+    """Raises ValueError for an unknown policy."""
+    if name not in POLICIES:
+        raise ValueError(f"policy={name!r} is unknown; use one of {', '.join(POLICIES)}")
+
+
+def find(policy: str, reference: str | None, root: str | Path, spec: HostSpec) -> Found:
+    """The predictor that a policy asks for.
+
+    Args:
+        policy: config name.
+        reference: ``auto`` (the newest of the policy's class for this host), a folder, a hub id,
+            or None.
+        root: folder of trained predictors.
+        spec: the host's.
+
+    Raises:
+        ValueError: unknown policy, or no such predictor; says which command trains one.
+    """
+    require_policy(policy)
+    if reference is None:
+        return Found()
+    if reference == "pretrained":
+        raise ValueError(
+            "policy.predictor='pretrained': no predictors ship with this release; use auto, a "
+            "folder or a hub id"
+        )
+    accepts = getattr(POLICIES[policy], "accepts", None)
+    where = find_predictor(Path(root), spec, accepts) if reference == "auto" else reference
+    predictor = load_predictor(str(where))
+    predictor.check_host(spec)
+    return Found(predictor, str(where))
+
+
+def find_means(found: Found, root: str | Path, spec: HostSpec) -> Mapping[Any, Tensor] | None:
+    """Per-unit means for the static bracket: of the run's own predictor, else the host's newest."""
+    if found.predictor is not None:
+        return found.predictor.means
+    try:
+        return load_predictor(str(find_predictor(Path(root), spec, None))).means
+    except (ValueError, OSError):
+        return None
+
+
+def make_subject(
+    config: Mapping[str, Any], budget: Budget, found: Found, means: Mapping[Any, Tensor] | None
+) -> Subject:
+    """Builds the policy from its config (``name refresh batch kv params``)."""
+    params = dict(config.get("params") or {})
+    settings = {key: config.get(key) for key in ("refresh", "batch", "kv")}
+    policy = build_policy(config["name"], budget, found.predictor, **settings, **params)
+    predictor = found.predictor
+    source = ""
+    if predictor is not None:
+        learned = policy.predictor is not None
+        source = predictor_digest(predictor) if learned else means_digest(predictor.means)
+    metrics = predictor_metrics(predictor) if policy.predictor is not None else None
+    return Subject(policy, identity(policy, params, source), means, metrics)
+
+
+def predictor_metrics(predictor: Any) -> dict[str, Any] | None:
+    """Held-out metrics of training, per unit kind: ``density recall mass spearman``."""
+    recorded = predictor.info.metrics
+    if not recorded:
+        return None
+    found: dict[str, Any] = {"density": recorded["density"]}
+    for key in ("recall", "mass", "spearman"):
+        found[key] = {kind: recorded[kind][key] for kind in KINDS if key in recorded.get(kind, {})}
+    return {key: value for key, value in found.items() if value}
+
+
+def predictor_digest(predictor: Any) -> str:
+    """Sha256 over a predictor's tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(predictor.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe_predictor(found: Found) -> dict[str, Any]:
+    """The ``policy.predictor`` object of results.json."""
+    predictor = found.predictor
+    assert predictor is not None
+    info = predictor.info
+    fields = ("criterion", "objective", "granularity", "text", "text_digest", "trace_hash", "seed")
+    kept = {key: getattr(info, key) for key in fields if getattr(info, key, None) is not None}
+    return {
+        "class": predictor.name,
+        "source": found.source,
+        "sha256": _sha256(found),
+        **kept,
+    }
+
+
+def _sha256(found: Found) -> str:
+    """Hash of the predictor's folder, as tracked artifacts have it; else of its tensors."""
+    if found.source and Path(found.source).is_dir():
+        from gnomon.tracking import folder_sha256
+
+        return folder_sha256(Path(found.source))
+    return predictor_digest(found.predictor)
+
+
+def overlap(bench: Bench, found: Found) -> str | None:
+    """A warning when the evaluated text is what the predictor was trained on."""
+    if found.predictor is None or bench.blocks.split == "heldout":
+        return None
+    info = found.predictor.info
+    # WikiText-2 takes another part for training than for evaluation under one name.
+    same_name = info.text == bench.blocks.name != "wikitext2"
+    if not same_name and info.text_digest != bench.blocks.digest:
+        return None
+    return (
+        f"the predictor was trained on this text ({bench.blocks.name}) and text.split="
+        f"{bench.blocks.split} does not keep its training documents out: the quality below is "
+        "flattered. Use text.split=heldout or another text"
+    )

@@ -1,0 +1,123 @@
+"""Tables of results: for the terminal (Rich), as Markdown and as CSV, all from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from gnomon.evaluation.rows import COLUMNS, Row, settings
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: form.format(row[key]) if key in row else "–"
+
+
+def _interval(row: Row) -> str:
+    if "ppl_ratio" not in row:
+        return "–"
+    ratio = short(row["ppl_ratio"])
+    return (
+        f"{ratio} [{short(row['ci_low'])}, {short(row['ci_high'])}]" if "ci_low" in row else ratio
+    )
+
+
+def short(value: float) -> str:
+    """A ratio or perplexity with the digits that matter: 1.043, 12.35, 1109."""
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _perplexity(row: Row) -> str:
+    return short(row["ppl_sparse"]) if "ppl_sparse" in row else "–"
+
+
+def _policy(row: Row) -> str:
+    return f"({row['policy']})" if row.get("bracket") else row["policy"]
+
+
+_VIEW: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("policy", _policy),
+    ("heads", _number("heads", "{:.2f}")),
+    ("neurons", _number("neurons", "{:.2f}")),
+    ("bytes", _number("byte_density", "{:.3f}")),
+    ("of it predictor", _number("predictor_byte_share", "{:.3f}")),
+    ("ppl", _perplexity),
+    ("ratio [95 %]", _interval),
+    ("KL", _number("kl", "{:.3f}")),
+    ("agree", _number("agreement", "{:.3f}")),
+)
+_EXTRA = ("host", "text", "protocol", "refresh", "batch", "kv", "predictor", "seed")
+_LEFT = ("policy", *_EXTRA)
+_OPTIONAL = ("KL", "agree")
+NOTE = (
+    "heads, neurons, bytes: kept fraction achieved (bytes include the predictor, whose share "
+    "of the dense bytes stands beside); ratio: perplexity over the dense model's; (…): bracket at "
+    "the same budget"
+)
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """The columns worth showing: the view, and every setting in which policies' rows differ."""
+    own = [row for row in rows if not row.get("bracket")]
+    differing = [key for key in _EXTRA if len({str(row.get(key)) for row in own}) > 1]
+    differing = [key for key in differing if not _follows_policy(own, key)]
+    view = [c for c in _VIEW if c[0] not in _OPTIONAL or any(c[1](row) != "–" for row in rows)]
+    return [view[0], *((key, _number(key, "{}")) for key in differing), *view[1:]]
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    """The rows as a Rich table, with what they share in its title."""
+    table = Table(title=title(rows), caption=NOTE, title_style="bold", caption_justify="left")
+    shown = columns(rows)
+    for name, _ in shown:
+        table.add_column(name, justify="left" if name in _LEFT else "right")
+    for row in rows:
+        style = "dim" if row.get("bracket") else None
+        table.add_row(*(cell(row) for _, cell in shown), style=style)
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table under a line that says what they share."""
+    shown = columns(rows)
+    lines = [title(rows), "", _line([name for name, _ in shown])]
+    lines.append(_line(["---" if name in _LEFT else "---:" for name, _ in shown]))
+    lines += [_line([cell(row) for _, cell in shown]) for row in rows]
+    return "\n".join([*lines, "", NOTE + ".", ""])
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Every field of every row as CSV; fields not measured are empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*COLUMNS, "results"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def title(rows: Sequence[Row]) -> str:
+    """Host, text, protocol and dense perplexity, as far as all rows share them."""
+    shared = settings(rows)
+    parts = [shared[key] for key in ("host", "text") if key in shared]
+    if "protocol" in shared:
+        prompt = f" (prompt {shared['prompt']})" if "prompt" in shared else ""
+        parts.append(f"protocol {shared['protocol']}{prompt}")
+    dense = {f"{row['ppl_dense']:.2f}" for row in rows if "ppl_dense" in row}
+    if len(dense) == 1:
+        parts.append(f"dense perplexity {dense.pop()}")
+    if "tokens" in shared:
+        parts.append(f"{int(shared['tokens']):,} targets")
+    return ", ".join(parts)
+
+
+def _follows_policy(rows: Sequence[Row], key: str) -> bool:
+    """Whether a setting differs only because policies differ, as refresh does for static."""
+    names = {row["policy"] for row in rows}
+    per_policy = [{str(row.get(key)) for row in rows if row["policy"] == name} for name in names]
+    return all(len(values) == 1 for values in per_policy) and len(names) > 1
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,69 @@
+"""Policies: one file per system. ``build_policy`` makes one from plain config values."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from gnomon.budget import Budget
+from gnomon.policies.base import Policy, Seen
+from gnomon.policies.dejavu import DejaVu
+from gnomon.policies.dense import Dense
+from gnomon.policies.dense_int8 import DenseInt8
+from gnomon.policies.oracle import Oracle
+from gnomon.policies.random import Random
+from gnomon.policies.shadow import Shadow
+from gnomon.policies.static import Static
+
+POLICIES: dict[str, type[Policy]] = {
+    cls.name: cls for cls in (Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu)
+}
+
+COMMON = ("refresh", "batch", "kv")
+
+
+def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any) -> Policy:
+    """Builds a policy by its config name.
+
+    Args:
+        name: a key of ``POLICIES``.
+        budget: ignored by the dense baselines.
+        predictor: a loaded predictor; ``static`` takes its means.
+        **params: the policy's own arguments; those that are None keep their default.
+
+    Raises:
+        ValueError: unknown policy, or an argument it does not have.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy={name!r} is unknown; use one of {', '.join(POLICIES)}")
+    cls = POLICIES[name]
+    takes = inspect.signature(cls).parameters
+    given = {k: v for k, v in params.items() if v is not None}
+    extra = {"budget": budget, "predictor": predictor, "source": predictor}
+    unknown = [k for k in given if k not in takes and k not in COMMON]
+    if unknown:
+        raise ValueError(f"policy={name} has no {', '.join(unknown)}; it takes {', '.join(takes)}")
+    needed = {k: v for k, v in extra.items() if k in takes}
+    policy = cls(**needed, **{k: v for k, v in given.items() if k in takes})
+    for key in COMMON:
+        if key in given and getattr(policy, key) != given[key]:
+            raise ValueError(
+                f"policy={name} does not offer policy.{key}={given[key]!r}: it is always "
+                f"{getattr(policy, key)!r}"
+            )
+    return policy
+
+
+__all__ = [
+    "POLICIES",
+    "DejaVu",
+    "Dense",
+    "DenseInt8",
+    "Oracle",
+    "Policy",
+    "Random",
+    "Seen",
+    "Shadow",
+    "Static",
+    "build_policy",
+]

@@ -1,0 +1,181 @@
+"""The policy decides the active units at inference: one subclass per system, one method each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+
+from torch import Tensor, nn
+
+from gnomon.accounting import HostBytes, solve_bytes
+from gnomon.budget import Budget, layer_counts
+from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
+from gnomon.kernels.topk_mask import topk_mask
+
+if TYPE_CHECKING:
+    from gnomon.predictors.base import Predictor
+
+Refresh = Literal["static", "prompt", "token"]
+Batch = Literal["per_sequence", "shared"]
+KV = Literal["keep", "drop"]
+T = TypeVar("T")
+
+
+class Seen:
+    """What one decision may look at: nothing later than its token, nothing of another sequence.
+
+    Attributes:
+        positions: (B, T') index of each token in its own sequence.
+        live: (B, T') real tokens of unfinished rows.
+        units: the true unit tensor, for the oracle alone.
+    """
+
+    def __init__(
+        self,
+        hidden: Callable[[Tap], Tensor],
+        positions: Tensor,
+        live: Tensor,
+        memo: dict[Any, Any],
+        units: Tensor | None = None,
+    ) -> None:
+        self._hidden, self._memo = hidden, memo
+        self.positions, self.live, self.units = positions, live, units
+
+    def hidden(self, tap: Tap) -> Tensor:
+        """Hidden state (B, T', W) at a tap that this forward has already passed."""
+        return self._hidden(tap)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()`` the first time in this forward, the same value afterwards."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+
+class Policy:
+    """Base class. Override :meth:`scores`; the budget turns scores into an active set.
+
+    Args:
+        budget: what may be kept.
+        refresh: how often the policy decides; one of ``refreshes``.
+        batch: ``per_sequence``, or ``shared``: one neuron set per step from the sum of the scores
+            over live rows.
+        kv: ``keep`` computes K and V of every head, ``drop`` skips those of inactive groups
+            (byte accounting; the decision must be fixed for the sequence).
+
+    Raises:
+        ValueError: a choice this policy does not offer.
+    """
+
+    name: ClassVar[str]
+    refreshes: ClassVar[tuple[Refresh, ...]] = ("token",)
+    spreads: ClassVar[tuple[str, ...]] = ("layer",)
+    needs_units: ClassVar[bool] = False  # the oracle alone: it looks at what it decides about
+    weight_dtype: ClassVar[str | None] = None  # None: the host's own
+    predictor: Predictor | None = None
+    bytes_dtype: str | None = None  # dtype of byte accounting; None: the live host's
+
+    def __init__(
+        self,
+        budget: Budget,
+        refresh: Refresh | None = None,
+        batch: Batch = "per_sequence",
+        kv: KV = "keep",
+    ) -> None:
+        self.budget = budget
+        self.refresh: Refresh = self.refreshes[0] if refresh is None else refresh
+        self.batch, self.kv = batch, kv
+        self._offer("refresh", self.refresh, self.refreshes)
+        self._offer("batch", batch, get_args(Batch))
+        self._offer("kv", kv, get_args(KV))
+        if kv == "drop" and self.refresh == "token":
+            raise ValueError(
+                "policy.kv='drop' needs a decision that is fixed for the sequence: use "
+                "policy.refresh=prompt or static, or policy.kv=keep"
+            )
+        if budget.spread not in self.spreads:
+            raise ValueError(
+                f"policy={self.name} does not offer budget.spread={budget.spread!r}: use "
+                f"{', '.join(self.spreads)}"
+            )
+
+    # -- what a subclass says -------------------------------------------------------------------
+
+    def scores(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
+        """Scores of one layer's units, broadcastable to (B, T', N); higher = keep."""
+        raise NotImplementedError
+
+    def decides(self, kind: UnitKind, layer: int) -> bool:
+        """Whether the policy decides this layer; otherwise it stays dense and counts."""
+        return True
+
+    def taps(self) -> tuple[Tap, ...]:
+        """Hidden states that :meth:`scores` reads."""
+        return ()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Computes what :meth:`scores` needs of the host; called once by :meth:`bind`."""
+
+    def transform(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Changes of the host's weights while the policy is active, undone on exit."""
+        return nullcontext()
+
+    @property
+    def predictor_bytes(self) -> float:
+        """Bytes of predictor weights that one decision reads."""
+        return 0.0
+
+    # -- what the runtime calls -----------------------------------------------------------------
+
+    def bind(self, model: nn.Module, spec: HostSpec | None = None) -> None:
+        """Checks the policy against a host and fixes how many units each layer keeps.
+
+        Raises:
+            ValueError: the predictor belongs to another host, or the budget cannot be met.
+        """
+        self.spec = spec or describe(model)
+        self.bytes = HostBytes.of(model, self.spec)
+        self.prepare(model)
+        self.resolved = replace(self.budget, bytes=None, density=0.5)  # while bytes are solved
+        self.resolved = self._resolve()
+        self.counts = {kind: self.count_layers(kind) for kind in KINDS}
+
+    def keeps_all(self, kind: UnitKind, layer: int) -> bool:
+        """Whether nothing is skipped in this layer."""
+        return self.resolved.target(kind) == 1 or not self.decides(kind, layer)
+
+    def decide(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
+        """Active set of one layer: bool, broadcastable to (B, T', N)."""
+        scores = self.scores(kind, layer, seen)
+        if kind == "neurons" and self.batch == "shared" and scores.dim() == 3:
+            scores = (scores * seen.live[..., None]).sum(0, keepdim=True)
+        grouped = kind == "heads" and self.resolved.head_unit == "group"
+        if grouped:
+            scores = scores.unflatten(-1, (self.spec.G, self.spec.group_size)).mean(-1)
+        keep = self.select(kind, layer, scores, seen)
+        return keep.repeat_interleave(self.spec.group_size, -1) if grouped else keep
+
+    def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
+        """Turns the scores of one layer into its active set; ``spread=layer`` by default."""
+        return topk_mask(scores, self.counts[kind][layer])
+
+    def count_layers(self, kind: UnitKind) -> list[int]:
+        """Units kept per layer (in groups where those are decided)."""
+        decided = [self.decides(kind, i) for i in range(self.spec.L)]
+        if self.resolved.target(kind) == 1:
+            decided = [False] * self.spec.L
+        return layer_counts(self.resolved, self.spec, kind, decided)
+
+    def _resolve(self) -> Budget:
+        if self.budget.bytes is None:
+            return self.budget
+        density = solve_bytes(self, self.budget)
+        return replace(self.budget, bytes=None, density=density)
+
+    def _offer(self, field: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(
+                f"policy={self.name} does not offer {field}={value!r}: use {', '.join(allowed)}"
+            )

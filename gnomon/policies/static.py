@@ -1,0 +1,71 @@
+"""Static: the same units for every token and text, by their mean scores on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gnomon.budget import Budget, global_counts
+from gnomon.host import KINDS, UnitKind
+from gnomon.policies.base import KV, Batch, Policy, Seen
+
+
+class HasMeans(Protocol):
+    """Anything that stores per-unit means: a predictor or a trace store."""
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """``heads`` (L, H) and ``neurons`` (L, F)."""
+
+
+class Static(Policy):
+    """Keeps the units with the largest mean score.
+
+    Args:
+        source: a predictor, a trace store, or ``{"heads": (L, H), "neurons": (L, F)}``.
+        budget: every spread is offered; ``global`` ranks the means of all layers together.
+    """
+
+    name = "static"
+    refreshes = ("static",)
+    spreads = ("layer", "global", "hybrid")
+
+    def __init__(
+        self,
+        source: HasMeans | Mapping[str, Tensor],
+        budget: Budget,
+        batch: Batch = "per_sequence",
+        kv: KV = "keep",
+    ) -> None:
+        super().__init__(budget, "static", batch, kv)
+        means = source if isinstance(source, Mapping) else source.means
+        self._source = source
+        self._means = {kind: torch.as_tensor(means[kind]).float() for kind in KINDS}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Checks that the means belong to this host."""
+        if hasattr(self._source, "check_host"):
+            self._source.check_host(self.spec)
+        for kind in KINDS:
+            found, wanted = tuple(self._means[kind].shape), (self.spec.L, self.spec.units(kind))
+            if found != wanted:
+                raise ValueError(
+                    f"means of {kind} have shape {found}; host {self.spec.name} needs {wanted}: "
+                    "use a predictor or traces of this host"
+                )
+
+    def scores(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
+        """Mean scores, (N,)."""
+        return self._means[kind][layer].to(seen.positions.device)
+
+    def count_layers(self, kind: UnitKind) -> list[int]:
+        """Counts per layer; a global ranking of fixed scores is a fixed count per layer."""
+        if self.resolved.spread == "layer" or self.resolved.target(kind) == 1:
+            return super().count_layers(kind)
+        means = self._means[kind]
+        if kind == "heads" and self.resolved.head_unit == "group":
+            means = means.unflatten(-1, (self.spec.G, self.spec.group_size)).mean(-1)
+        return global_counts(self.resolved, self.spec, kind, means.tolist())

@@ -1,0 +1,1 @@
+"""Running a host sparsely: positions, sessions, the sparsify context, generation."""

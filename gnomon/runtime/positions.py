@@ -1,0 +1,119 @@
+"""Where a forward pass is sparse: the position semantics of protocols, prompts, caches and padding.
+
+A sequence has a prompt of P tokens, padding excluded. Under ``decode`` positions < P-1 are dense
+and position P-1 and all after it are sparse; under ``all`` every position is. ``prompt`` refresh
+decides at position P-2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Protocol = Literal["decode", "all"]
+
+
+@dataclass
+class Step:
+    """One forward of the host.
+
+    Attributes:
+        sparse: (B, T) bool, where skipping applies.
+        live: (B, T) bool, real tokens.
+        positions: (B, T) index of the token in its own sequence; padding has no meaning.
+        decide_at: (B,) column of position P-2 when this forward holds it, else None.
+        single: a decode step of one token per row.
+    """
+
+    sparse: Tensor
+    live: Tensor
+    positions: Tensor
+    decide_at: Tensor | None
+    single: bool
+
+    @property
+    def start(self) -> int | None:
+        """First column that is sparse in any row; None if the forward is dense."""
+        columns = self.sparse.any(0).nonzero()
+        return int(columns[0]) if len(columns) else None
+
+
+def check_protocol(protocol: str) -> None:
+    """Raises ValueError for an unknown protocol."""
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol={protocol!r}: use {' or '.join(get_args(Protocol))}")
+
+
+def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor | None) -> Step:
+    """Reads the bound arguments of a host's forward.
+
+    Args:
+        args: by name, as ``HostHooks.on_forward`` hands them over.
+        protocol: ``decode`` or ``all``.
+        prompt_length: P, one for all rows or (B,); None where the cache tells.
+
+    Raises:
+        ValueError: a multi-token forward without cache has no boundary; P does not fit.
+    """
+    tokens = args.get("input_ids")
+    tokens = args["inputs_embeds"] if tokens is None else tokens
+    batch, length, device = tokens.shape[0], tokens.shape[1], tokens.device
+    cache = args.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    live, positions = _live(args.get("attention_mask"), batch, length, past, device)
+    given = args.get("position_ids")
+    if past > 0 and isinstance(given, Tensor) and given.dim() == 2:
+        positions = given.to(device).expand(batch, length)  # a 4-D mask hides the left padding
+    if protocol == "all":
+        return Step(live.clone(), live, positions, None, single=length == 1 and past > 0)
+    if prompt_length is not None:
+        ends = _lengths(prompt_length, batch, device)
+        if past == 0 and bool((ends > live.sum(1)).any()):
+            raise ValueError(
+                f"prompt_length={ends.tolist()} exceeds the rows' lengths {live.sum(1).tolist()}"
+            )
+    elif past > 0:
+        return Step(live.clone(), live, positions, None, single=length == 1)
+    elif cache is not None or args.get("use_cache") or length == 1:
+        ends = live.sum(1)
+    else:
+        raise ValueError(
+            f"a forward of {length} tokens without a cache has no prompt boundary: pass "
+            'protocol="all" or prompt_length= to sparsify, or use generate()'
+        )
+    sparse = live & (positions >= (ends - 1)[:, None])
+    return Step(sparse, live, positions, _column(live, positions, ends - 2), single=False)
+
+
+def _column(live: Tensor, positions: Tensor, wanted: Tensor) -> Tensor | None:
+    hit = live & (positions == wanted[:, None])
+    return hit.int().argmax(1) if bool(hit.any(1).all()) else None
+
+
+def _lengths(prompt_length: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    ends = torch.as_tensor(prompt_length, device=device).expand(batch)
+    if bool((ends < 1).any()):
+        raise ValueError(f"prompt_length={ends.tolist()}: a prompt has at least one token")
+    return ends
+
+
+def _live(
+    mask: Any, batch: int, length: int, past: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Live tokens and positions of the last ``length`` columns from a 2-D, 4-D, dict or no mask."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        whole = mask.to(device).bool()
+        if past > 0 and whole.shape[1] == length:  # covers the new tokens only
+            return whole, past + whole.long().cumsum(1) - 1
+        positions = whole.long().cumsum(1) - 1
+        return whole[:, past : past + length], positions[:, past : past + length]
+    live = torch.ones(batch, length, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and past == 0:
+        own = mask[:, 0, :length, :length].diagonal(dim1=1, dim2=2)
+        live = (own if own.dtype == torch.bool else own >= 0).expand(batch, length).to(device)
+    return live, past + live.long().cumsum(1) - 1

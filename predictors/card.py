@@ -1,0 +1,91 @@
+"""The model card written into every predictor folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gnomon.host import KINDS
+
+if TYPE_CHECKING:
+    from gnomon.predictors.base import Predictor
+
+_CARD = """---
+library_name: gnomon
+tags:
+- gnomon
+- contextual-sparsity
+- {name}
+---
+# {name} predictor for {host}
+
+Scores every attention head and FFN neuron of `{host}` ({L} layers, {H} heads, {F} neurons) from
+{taps}, so that Gnomon runs the host without the units that score low. It holds no weights of the
+host.
+
+```python
+import gnomon
+
+model, tokenizer = gnomon.load_host("{host}")
+predictor = gnomon.load_predictor("<this folder>")
+policy = gnomon.policies.{cls}(predictor, gnomon.Budget(density=0.5))
+with gnomon.sparsify(model, policy):
+    model.generate(**tokenizer("The shadow of", return_tensors="pt"), max_new_tokens=32)
+```
+
+| trained on | |
+|---|---|
+| host | {host}, revision {revision}, spec {spec_hash} |
+| text | {text} ({text_digest}) |
+| criterion, granularity, objective | {criterion}, {granularity}, {objective} |
+| traces | {trace_hash} |
+| seed | {seed} |
+| size | {nbytes:,} bytes (row-scaled int8) |
+
+## Held-out metrics
+{metrics}
+"""
+
+
+def model_card(predictor: Predictor) -> str:
+    """README.md of a predictor folder."""
+    info = predictor.info
+    return _CARD.format(
+        name=predictor.name,
+        cls=type(predictor).__name__,
+        host=info.host or "an unnamed host",
+        L=predictor.L,
+        H=predictor.H,
+        F=predictor.F,
+        taps=_taps(predictor),
+        revision=info.revision or "unknown",
+        spec_hash=info.spec_hash or "unknown",
+        text=info.text or "unknown text",
+        text_digest=info.text_digest[:16] or "no digest",
+        criterion=info.criterion or "?",
+        granularity=info.granularity or "?",
+        objective=info.objective or "?",
+        trace_hash=info.trace_hash or "none: trained online",
+        seed=info.seed,
+        nbytes=predictor.nbytes,
+        metrics=_metrics(predictor),
+    )
+
+
+def _taps(predictor: Predictor) -> str:
+    first = predictor.taps[0]
+    if len(predictor.taps) == 1:
+        return f"the {first.site} of layer {first.layer}"
+    return f"{len(predictor.taps)} hidden states, the first the {first.site} of layer {first.layer}"
+
+
+def _metrics(predictor: Predictor) -> str:
+    metrics = predictor.info.metrics
+    if not metrics:
+        return "Not measured."
+    rows = ["| units | density | | recall | mass | spearman |", "|---|---|---|---|---|---|"]
+    for kind in KINDS:
+        density = metrics["density"][kind]
+        for label, values in (("predictor", metrics[kind]), ("static", metrics[kind]["static"])):
+            numbers = " | ".join(f"{values[m]:.3f}" for m in ("recall", "mass", "spearman"))
+            rows.append(f"| {kind} | {density:g} | {label} | {numbers} |")
+    return "\n".join(rows)

@@ -1,0 +1,179 @@
+"""The LightningModule: fits any predictor with any objective, measures it on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gnomon.host import KINDS, UnitKind
+from gnomon.predictors.base import QUANTILES, Predictor
+from gnomon.predictors.metrics import NAMES, UnitMetrics, summary
+from gnomon.predictors.objectives import Objective, total_loss
+
+CALIBRATION_ROWS = 256  # held-out rows whose predicted scores make the quantiles
+
+Batch = dict[str, Tensor]
+
+
+class PredictorModule(pl.LightningModule):
+    """Fits a predictor; logs ``train/loss``, and ``val/recall`` and its kin beside the loss.
+
+    Args:
+        predictor: trained in place.
+        objective: ``Mse`` or ``Bce``.
+        optimizer: takes parameter groups; biases come in a group without weight decay.
+        scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
+        density: kind -> kept fraction within a layer at which recall and mass are measured.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        objective: Objective,
+        optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
+        scheduler: Callable[..., LRScheduler] | None,
+        density: Mapping[UnitKind, float],
+    ) -> None:
+        super().__init__()
+        self.predictor, self.objective = predictor, objective
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.density = dict(density)
+        self.first: dict[UnitKind, int] = {kind: predictor.first(kind) for kind in KINDS}
+        self.results: dict[str, Any] = {}
+        self._units: dict[UnitKind, UnitMetrics] = {}
+        self._samples: dict[UnitKind, list[Tensor]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Starts a fit from the fixed choice; a checkpoint, restored later, replaces it."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and data is not None:
+            means = {kind: data.means[kind].float().cpu() for kind in KINDS}
+            self.predictor.set_means(means)
+            self.predictor.set_output_bias(
+                {kind: self.objective.bias(means[kind], self.density[kind]) for kind in KINDS}
+            )
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Sum of the losses of both kinds."""
+        losses = total_loss(
+            self.objective, self.predictor.decided_scores(batch["inputs"]), batch, self.first
+        )
+        loss = torch.stack([losses[kind] for kind in KINDS]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["inputs"]))
+        for kind in KINDS:
+            self.log(f"train/loss_{kind}", losses[kind], batch_size=len(batch["inputs"]))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts counting anew."""
+        self._start()
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Recall, mass and loss; Spearman waits for the test, where its sorting is paid once."""
+        predicted = self._measure(batch, correlate=False)
+        decided = {kind: predicted[kind][:, self.first[kind] :] for kind in KINDS}
+        losses = total_loss(self.objective, decided, batch, self.first)
+        loss = torch.stack([losses[kind] for kind in KINDS]).sum()
+        self.log("val/loss", loss, batch_size=len(batch["inputs"]), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the held-out metrics."""
+        results = self._finish()
+        for name in NAMES[:2]:
+            self.log(f"val/{name}", results[name], prog_bar=name == "recall", sync_dist=True)
+            for kind in KINDS:
+                self.log(f"val/{name}_{kind}", results[kind][name], sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Starts counting anew."""
+        self._start()
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """All metrics, and a sample of predicted scores for the quantiles."""
+        predicted = self._measure(batch, correlate=True)
+        for kind in KINDS:
+            held = sum(len(s) for s in self._samples[kind])
+            self._samples[kind].append(predicted[kind][: CALIBRATION_ROWS - held])
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps the results, logs them, and stores the quantiles in the predictor."""
+        self.results = self._finish()
+        self.predictor.calibrate({kind: self._quantiles(kind) for kind in KINDS})
+        for kind in KINDS:
+            for name in NAMES:
+                own, static = self.results[kind][name], self.results[kind]["static"][name]
+                self.log(f"test/{name}_{kind}", own, sync_dist=True)
+                self.log(f"test/static_{name}_{kind}", static, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimiser; weight decay spares the biases, which hold the fixed choice."""
+        named = list(self.predictor.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in named if not n.endswith("bias")]},
+            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+        ]
+        optimizer = self._optimizer(groups)
+        if self._scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                "the length of this training is unknown, so the learning rate has no schedule: set "
+                "trainer.max_steps, or scheduler=null for a constant rate"
+            )
+        schedule = self._scheduler(optimizer, total_steps=int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by norm ourselves: Lightning refuses a fused optimiser under bf16-mixed.
+
+        Only the loss scaling of 16-mixed makes the two conflict, and that stays with Lightning.
+        """
+        norm = gradient_clip_algorithm in (None, "norm")
+        if not gradient_clip_val or not norm or self.trainer.precision == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def _start(self) -> None:
+        means = self.predictor.means
+        self._units = {kind: UnitMetrics(means[kind], self.density[kind]) for kind in KINDS}
+        self._samples = {kind: [] for kind in KINDS}
+
+    def _measure(self, batch: Batch, *, correlate: bool) -> dict[UnitKind, Tensor]:
+        predicted = {k: v.float() for k, v in self.predictor(batch["inputs"]).items()}
+        for kind in KINDS:
+            self._units[kind].update(predicted[kind], batch[kind], correlate=correlate)
+        return predicted
+
+    def _finish(self) -> dict[str, Any]:
+        for units in self._units.values():
+            units.reduce(lambda t: self.trainer.strategy.reduce(t, reduce_op="sum"))
+        return summary(
+            {kind: units.compute() for kind, units in self._units.items()},
+            self.density,
+            {kind: self.predictor.decided(kind) for kind in KINDS},
+            self._units["heads"].rows,
+        )
+
+    def _quantiles(self, kind: UnitKind) -> Tensor:
+        """(L, QUANTILES) of this process's sample, averaged over processes; NaN in dense layers."""
+        scores = torch.cat(self._samples[kind]).transpose(0, 1).flatten(1).sort(-1).values
+        at = torch.linspace(0, scores.shape[1] - 1, QUANTILES, device=scores.device).round().long()
+        found = self.trainer.strategy.reduce(scores[:, at], reduce_op="mean")
+        found[: self.first[kind]] = torch.nan
+        return found

@@ -1,0 +1,63 @@
+"""The lists that drive every generic test: policies, and the hosts they are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gnomon import policies
+from gnomon.budget import Budget
+from gnomon.host import Tap, describe
+from gnomon.policies.base import Policy
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.dejavu import DejaVu
+from gnomon.predictors.shadow import Shadow
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt"]
+
+
+def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Predictor:
+    """A random predictor that claims to be trained for the host."""
+    spec = describe(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        cls = {"shadow": Shadow, "dejavu": DejaVu}[kind]
+        sizes = {"rank": 8} | ({"hidden": 16} if kind == "shadow" else {})
+        made = cls.for_host(spec, **(sizes | params))
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(torch.randn_like(p))
+        made.set_means({"heads": torch.rand(spec.L, spec.H), "neurons": torch.rand(spec.L, spec.F)})
+        rows = torch.randn(64, len(made.taps), made.width)
+        q = torch.linspace(0, 1, 201)
+        table = {
+            k: torch.stack([torch.quantile(s[:, i].flatten(), q) for i in range(spec.L)])
+            for k, s in made(rows).items()
+        }
+        made.calibrate({k: v.detach() for k, v in table.items()})
+    made.info = replace(made.info, host=spec.name, spec_hash=spec.hash)
+    return made
+
+
+Make = Callable[[PreTrainedModel, Budget], Policy]
+POLICIES: dict[str, Make] = {
+    "random": lambda m, b: policies.Random(b),
+    "random-prompt": lambda m, b: policies.Random(b, refresh="prompt"),
+    "oracle": lambda m, b: policies.Oracle(b),
+    "static": lambda m, b: policies.Static(predictor(m), b),
+    "shadow": lambda m, b: policies.Shadow(predictor(m), b),
+    "shadow-prompt": lambda m, b: policies.Shadow(predictor(m), b, refresh="prompt"),
+    "shadow-context": lambda m, b: policies.Shadow(predictor(m, tap=Tap(0, "attn_context")), b),
+    "shadow-shared": lambda m, b: policies.Shadow(predictor(m), b, batch="shared"),
+    "dejavu": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b),
+    "dejavu-lookahead": lambda m, b: policies.DejaVu(
+        predictor(m, "dejavu", lookahead=1, neurons_site="layer_input"), b
+    ),
+    "dejavu-prompt": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b, refresh="prompt"),
+}
+TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n != "static"]
+PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]

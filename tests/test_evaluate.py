@@ -1,0 +1,335 @@
+"""evaluate.py end to end on the tiny host: results, shared baselines, early errors, sweeps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+
+import gnomon
+from gnomon.evaluation import baseline, bench, log, run
+from gnomon.evaluation.brackets import bracket_budget
+from gnomon.evaluation.results import read_results
+from gnomon.evaluation.subject import Found, find, overlap, predictor_digest
+from gnomon.predictors.base import PredictorInfo
+from gnomon.predictors.folder import write_folder
+from gnomon.predictors.shadow import Shadow
+from gnomon.tiny import tiny_host
+from gnomon.tracking import folder_sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+_LEARNED = {"recall": 0.8, "mass": 0.9, "spearman": 0.6}
+METRICS = {
+    "density": {"heads": 0.5, "neurons": 0.5},
+    **{kind: (_LEARNED | {"static": _LEARNED}) for kind in ("heads", "neurons")},
+}
+
+
+def settings(tmp_path: Path, policy: str = "oracle", **changes) -> dict:
+    base = {
+        "policy": {"name": policy, "refresh": None, "batch": "per_sequence", "kv": "keep"}
+        | {"predictor": None, "params": {}},
+        "budget": {"_target_": "gnomon.budget.Budget", "density": 0.5},
+        "host": {"_target_": "gnomon.loading.load_host", "name": "tiny", "family": "llama"},
+        "text": {"_target_": "gnomon.data.sources.SyntheticText", "block": 48, "tokens": 240}
+        | {"batch": 2, "split": "auto"},
+        "protocol": {"name": "decode", "prompt": 24},
+        "measure": {
+            "quality": {
+                "_target_": "gnomon.evaluation.measure.Quality",
+                "_convert_": "all",
+                "brackets": ["dense_int8", "oracle", "static", "random"],
+                "generation": {
+                    "_target_": "gnomon.evaluation.measure.Continuations",
+                    **{"tokens": 4, "prompts": 2, "prompt": 8},
+                },
+            }
+        },
+        "backend": "auto",
+        "bytes": {"dtype": None},
+        "paths": {"cache": str(tmp_path / "cache"), "predictors": str(tmp_path / "predictors")},
+        "seed": 0,
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = base
+        for key in parents:
+            place = place[key]
+        place[last] = value
+    return copy.deepcopy(base)
+
+
+def train_shadow(tmp_path: Path, **info) -> Path:
+    """A predictor of the tiny host with random weights and means, as train.py would save it."""
+    model, _ = tiny_host()
+    spec = gnomon.describe(model)
+    torch.manual_seed(0)
+    predictor = Shadow.for_host(spec, hidden=8, rank=8)
+    predictor.set_means(
+        {"heads": torch.rand(spec.L, spec.H), "neurons": torch.rand(spec.L, spec.F)}
+    )
+    facts = PredictorInfo(
+        host=spec.name, spec_hash=spec.hash, metrics=METRICS, created="2026-01-01"
+    )
+    predictor.info = replace(facts, **info)
+    folder = tmp_path / "predictors" / spec.name / "shadow-1"
+    write_folder(predictor, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    baseline.forget()
+    bench.forget()
+    run._last.clear()
+
+
+def test_a_run_writes_valid_results_with_brackets_and_metrics(tmp_path):
+    folder = train_shadow(tmp_path)
+    config = settings(tmp_path, "shadow", policy__predictor="auto")
+    outcome = run.evaluate(config, tmp_path / "run", "python evaluate.py x")
+    results = read_results(outcome.path)
+    assert results["policy"]["predictor"]["source"] == str(folder)
+    assert results["policy"]["refresh"] == "token"
+    assert results["protocol"] == {"name": "decode", "prompt": 24, "block": 48, "batch": 2}
+    text = results["quality"]["texts"]["synthetic"]
+    assert (text["tokens"], text["blocks"], text["split"]) == (5 * 24, 5, "heldout")
+    assert text["ppl_ratio_ci"][0] <= text["ppl_ratio"] <= text["ppl_ratio_ci"][1]
+    assert results["quality"]["generation"]["tokens"] == 4
+    assert results["quality"]["predictor"]["recall"] == {"heads": 0.8, "neurons": 0.8}
+    assert results["density"]["predictor_byte_share"] > 0
+    assert len(results["density"]["per_layer"]["neurons"]) == 3
+    assert [b["policy"] for b in results["brackets"]] == [
+        "dense_int8",
+        "oracle",
+        "static",
+        "random",
+    ]
+    assert outcome.ratio == text["ppl_ratio"]
+    assert outcome.warning is None
+
+
+def test_dense_has_ratio_one_and_everything_kept(tmp_path):
+    config = settings(tmp_path, "dense", measure__quality__brackets=[])
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert results["quality"]["texts"]["synthetic"]["ppl_ratio"] == 1.0
+    assert results["density"]["byte_density"] == 1.0
+    assert results["quality"]["generation"]["agreement"] == 1.0
+    assert "brackets" not in results
+    assert "predictor" not in results["quality"]
+
+
+def test_a_sweep_measures_host_baseline_and_brackets_once(tmp_path, monkeypatch):
+    passes: list[str] = []
+    whole = bench.Bench._run
+    monkeypatch.setattr(
+        bench.Bench, "_run", lambda self, policy: passes.append(policy.name) or whole(self, policy)
+    )
+    train_shadow(tmp_path)
+    plan = {"measure__quality__generation__tokens": 0}
+    names = ("shadow", "static", "oracle", "random")
+    results = {}
+    for name in names:
+        predictor = "auto" if name in ("shadow", "static") else None
+        config = settings(tmp_path, name, policy__predictor=predictor, **plan)
+        results[name] = run.evaluate(config, tmp_path / name, "x").results
+    assert sorted(passes) == sorted([*names, "dense_int8"])
+    ratios = {n: r["quality"]["texts"]["synthetic"]["ppl_ratio"] for n, r in results.items()}
+    brackets = {b["policy"]: b["quality"] for b in results["shadow"]["brackets"]}
+    for name in ("static", "oracle", "random"):
+        assert brackets[name]["texts"]["synthetic"]["ppl_ratio"] == ratios[name]
+    assert "generation" not in results["shadow"]["quality"]
+
+
+def test_static_bracket_is_left_out_without_any_predictor(tmp_path, caplog):
+    results = run.evaluate(settings(tmp_path), tmp_path / "run", "x").results
+    assert [b["policy"] for b in results["brackets"]] == ["dense_int8", "random"]
+    assert "bracket `static` left out" in caplog.text
+
+
+def test_byte_budget_is_recorded_and_met(tmp_path):
+    config = settings(tmp_path, budget__density=None, budget__bytes=0.7)
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert results["density"]["target"]["bytes"] == 0.7
+    assert results["density"]["target"]["heads"] == results["density"]["target"]["neurons"] < 1
+
+
+def test_protocol_all_scores_every_target(tmp_path):
+    config = settings(tmp_path, protocol={"name": "all", "prompt": None})
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert results["quality"]["texts"]["synthetic"]["tokens"] == 5 * 47
+    assert "prompt" not in results["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy__name": "deja"}, r"policy='deja' is unknown; use one of .*dejavu"),
+        ({"budget__density": 1.5}, r"budget.density=1.5 is outside"),
+        ({"text__split": "test"}, r"text.split='test' is unknown"),
+        ({"text__block": 24}, r"protocol.prompt=24 leaves no target in text.block=24"),
+        ({"protocol": {"name": "x", "prompt": 1}}, r"protocol='x' is unknown"),
+        ({"measure__quality__generation__prompt": 49}, r"generation.prompt=49 must be between"),
+        ({"measure__quality__generation__tokens": 2000}, r"exceed the host's context of 1024"),
+        ({"policy__name": "shadow", "policy__predictor": "auto"}, r"Train one: python train.py"),
+        ({"policy__name": "shadow", "policy__predictor": "pretrained"}, r"no predictors ship"),
+        ({"policy__name": "shadow", "policy__predictor": "no/such/dir"}, r"neither a folder nor"),
+        ({"policy__params": {"rank": 3}}, r"policy=oracle has no rank"),
+        ({"backend": "fast"}, r"backend='fast' is not available"),
+        ({"measure__quality__brackets": ["best"]}, r"brackets='best' is unknown"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_measured(tmp_path, changes, message):
+    with pytest.raises(Exception, match=message):
+        run.evaluate(settings(tmp_path, **changes), tmp_path / "run", "x")
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("cache/dense/*"))
+
+
+def test_existing_results_are_refused_first(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(run, "open_bench", lambda *a, **k: pytest.fail("went on"))
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        run.evaluate(settings(tmp_path), tmp_path, "x")
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_predictor_of_another_host_is_refused_by_name(tmp_path):
+    folder = train_shadow(tmp_path)
+    spec = gnomon.describe(tiny_host("llama", seed=1)[0])
+    with pytest.raises(ValueError, match=r"tiny-llama-0.*tiny-llama-1|tiny-llama-1.*tiny-llama-0"):
+        find("shadow", str(folder), tmp_path, spec)
+
+
+@pytest.mark.parametrize(
+    ("split", "target", "expected"),
+    [
+        ("auto", "gnomon.data.sources.EmbeddedText", "heldout"),
+        ("auto", "gnomon.data.sources.FileText", "all"),
+        ("auto", "gnomon.data.sources.WikiText2", "all"),
+        ("train", "gnomon.data.sources.EmbeddedText", "train"),
+    ],
+)
+def test_split_auto(split, target, expected):
+    assert run.choose_split(split, target) == expected
+
+
+def test_training_text_is_warned_about_unless_held_out(tmp_path):
+    model, _ = tiny_host()
+    predictor = Shadow.for_host(gnomon.describe(model), hidden=8, rank=8)
+    predictor.info = PredictorInfo(text="synthetic", text_digest="abc")
+    config = settings(tmp_path)
+    parts = (config["host"], config["text"], config["protocol"])
+    opened = run.open_bench(*parts, backend="auto", cache=None)
+    assert overlap(opened, Found(predictor, "p")) is None
+    seen = replace(opened, blocks=replace(opened.blocks, split="all"))
+    assert "flattered" in (overlap(seen, Found(predictor, "p")) or "")
+    predictor.info = PredictorInfo(text="other", text_digest="abc")
+    assert overlap(seen, Found(predictor, "p")) is None
+    predictor.info = PredictorInfo(text="other", text_digest=opened.blocks.digest)
+    assert overlap(seen, Found(predictor, "p")) is not None
+    assert overlap(seen, Found()) is None
+
+
+def test_predictor_digest_sees_one_changed_bit():
+    spec = gnomon.describe(tiny_host()[0])
+    predictor = Shadow.for_host(spec, hidden=8, rank=8).quantize()
+    before = predictor_digest(predictor)
+    assert predictor_digest(predictor) == before
+    predictor.means["heads"][0, 0] += 1
+    assert predictor_digest(predictor) != before
+
+
+class FakeRun:
+    finished = False
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_logging_records_metrics_brackets_and_the_predictor(tmp_path, monkeypatch):
+    folder = train_shadow(tmp_path)
+    config = settings(tmp_path, "shadow", policy__predictor="auto")
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert results["policy"]["predictor"]["sha256"] == folder_sha256(folder)
+    fake, used = FakeRun(), []
+    monkeypatch.setattr(log, "wandb_run", lambda loggers: fake)
+    monkeypatch.setattr(log, "use_predictor", lambda run, path, host: used.append((path, host)))
+    log.log_run(CSVLogger(tmp_path, name="", version=""), config, results)
+    assert used == [(folder, "tiny-llama-0")]
+    assert fake.finished
+    logged = (tmp_path / "metrics.csv").read_text()
+    assert "eval/ppl_ratio" in logged
+    assert "bracket/oracle/byte_density" in logged
+    assert log.metrics(results)["eval/kl"] == results["quality"]["generation"]["kl"]
+
+
+def test_brackets_take_a_spread_they_offer():
+    budget = gnomon.Budget(density=0.5, spread="global")
+    assert bracket_budget("static", budget) == budget
+    assert bracket_budget("oracle", budget).spread in ("layer", "global")
+
+
+def command(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, str(ROOT / "evaluate.py"), *overrides]
+    environment = {**os.environ, "GNOMON_ROOT": str(tmp_path / "outputs")}
+    return subprocess.run(
+        call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.slow
+def test_script_runs_anywhere_and_ends_with_the_path_of_its_results(tmp_path):
+    done = command(tmp_path, "experiment=smoke_eval", "measure.quality.generation.tokens=0")
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.rstrip().splitlines()[-1])
+    results = read_results(path)
+    assert results["command"].startswith("python evaluate.py experiment=smoke_eval measure.quality")
+    assert "(random)" in done.stdout
+    assert (path.parent / "layers.png").exists()
+
+
+@pytest.mark.slow
+def test_script_does_not_hide_hugging_face_evaluate(tmp_path):
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "__init__.py").write_text("STUB = True")
+    code = (
+        f"import sys, runpy; sys.path[:0] = [{str(ROOT)!r}, '', {str(tmp_path)!r}];"
+        "sys.argv = ['evaluate.py', '--cfg', 'job'];"
+        f"runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__');"
+        "import evaluate; assert evaluate.STUB"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "generation:" in done.stdout
+
+
+@pytest.mark.slow
+def test_sweep_writes_one_table_and_figure(tmp_path):
+    train_shadow(tmp_path / "outputs")
+    done = command(
+        tmp_path,
+        "-m",
+        "experiment=smoke_eval",
+        "policy=shadow,random",
+        "budget.density=0.75,0.9",
+        "measure.quality.generation.tokens=0",
+    )
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.rstrip().splitlines()[-1]).parent
+    assert {p.name for p in folder.glob("sweep.*")} == {"sweep.csv", "sweep.md", "sweep.png"}
+    table = (folder / "sweep.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 + 2 + 1  # shadow, random (brackets give way), dense int8
+    assert len(list((tmp_path / "outputs" / "cache" / "dense").iterdir())) == 1
+    assert len(list(folder.glob("*/results.json"))) == 4
+    assert json.loads((folder / "0" / "results.json").read_text())["policy"]["name"] == "shadow"

@@ -1,0 +1,48 @@
+"""Objectives against their formulas, and the bias that training starts from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gnomon.predictors.objectives import Bce, Mse, minmax, objective, total_loss
+
+
+def test_bce_weighs_negatives_by_the_positive_rate() -> None:
+    z, y = torch.randn(4, 3, 10), torch.rand(4, 3, 10) < 0.3
+    rate = y.float().mean()
+    p = torch.sigmoid(z)
+    expected = torch.where(y, -p.log(), -rate * (1 - p).log()).mean()
+    torch.testing.assert_close(Bce().loss(z, y), expected)
+    expected = torch.where(y, -p.log(), -0.5 * (1 - p).log()).mean()
+    torch.testing.assert_close(Bce(0.5).loss(z, y), expected)
+    with pytest.raises(ValueError, match="negative_weight"):
+        Bce(0)
+
+
+def test_mse_targets_are_scaled_within_each_row_and_layer() -> None:
+    s = torch.rand(2, 3, 5) * torch.tensor([1.0, 10.0, 100.0])[:, None]
+    target = minmax(s)
+    assert torch.equal(target.amin(-1), torch.zeros(2, 3))
+    assert torch.equal(target.amax(-1), torch.ones(2, 3))
+    assert minmax(torch.full((1, 1, 4), 7.0)).eq(0).all()
+    z = torch.rand(2, 3, 5)
+    torch.testing.assert_close(Mse().loss(z, s), (z - target).square().mean())
+
+
+@pytest.mark.parametrize("chosen", [Mse(), Bce()], ids=lambda o: o.name)
+def test_training_starts_at_the_fixed_choice(chosen: Mse | Bce) -> None:
+    means = torch.rand(3, 16) + 0.1
+    bias = chosen.bias(means, 0.5)
+    assert torch.equal(bias.argsort(-1), means.argsort(-1))
+    if isinstance(chosen, Bce):
+        assert bias.ge(0).sum(-1).tolist() == [8, 8, 8]
+    assert chosen.bias(torch.zeros(2, 4), 0.5).isfinite().all()
+
+
+def test_missing_rows_and_names_are_named() -> None:
+    with pytest.raises(ValueError, match="known are mse, bce"):
+        objective("kl")
+    assert objective("mse").needs == "scores"
+    with pytest.raises(ValueError, match="bce needs labels"):
+        total_loss(Bce(), {}, {"heads": torch.zeros(1)}, {"heads": 0, "neurons": 0})

@@ -1,0 +1,195 @@
+"""The training loop on synthetic rows: it learns, resumes, and measures what it saves."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from synthetic_rows import SyntheticRows
+
+from gnomon.host import KINDS, HostSpec, Tap
+from gnomon.predictors import DejaVu, Predictor, Shadow
+from gnomon.predictors.module import PredictorModule
+from gnomon.predictors.objectives import Bce, Mse, Objective
+from gnomon.predictors.schedule import cosine_warmup
+from gnomon.training import checkpoint_folder, fit, resume_from, save
+
+
+def shadow() -> Shadow:
+    torch.manual_seed(0)
+    return Shadow(3, 4, 48, 32, tap=Tap(0), hidden=64, rank=32)
+
+
+def dejavu() -> DejaVu:
+    torch.manual_seed(0)
+    return DejaVu(3, 4, 48, 32, rank=32, neurons_site="layer_input")
+
+
+def module(predictor: Predictor, objective: Objective, lr: float = 1e-2) -> PredictorModule:
+    return PredictorModule(
+        predictor,
+        objective,
+        optimizer=functools.partial(torch.optim.AdamW, lr=lr, fused=True),
+        scheduler=cosine_warmup,
+        density={"heads": 0.5, "neurons": 0.5},
+    )
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 60,
+        "max_epochs": -1,
+        "val_check_interval": 20,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "gradient_clip_val": 1.0,
+    }
+    return pl.Trainer(
+        callbacks=[checkpoint(folder), *callbacks], default_root_dir=folder, **options | kwargs
+    )
+
+
+def checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="{step:06d}",
+        monitor="val/recall",
+        mode="max",
+        save_last=True,
+        save_on_exception=True,
+    )
+
+
+@pytest.mark.parametrize("make", [shadow, dejavu], ids=["shadow", "dejavu"])
+@pytest.mark.parametrize("objective", [Bce(), Mse()], ids=["bce", "mse"])
+def test_it_learns_more_than_the_fixed_choice(
+    make: Any, objective: Objective, tmp_path: Path
+) -> None:
+    predictor = make()
+    data = SyntheticRows(taps=len(predictor.taps))
+    if (
+        len(predictor.taps) > 1
+    ):  # every layer of dejavu must see the state that the scores come from
+        for rows in (data.train, data.held):
+            rows.inputs[:] = rows.inputs[:, :1]
+    metrics = fit(module(predictor, objective), data, trainer(tmp_path))
+    for kind in KINDS:
+        own = metrics[kind]
+        assert own["recall"] > own["static"]["recall"] + 0.05
+        assert own["oracle"]["mass"] >= own["mass"] > own["static"]["mass"]
+        assert own["spearman"] > own["static"]["spearman"]
+        quantiles = predictor.quantiles[kind]
+        assert quantiles.isfinite().all() and (quantiles.diff(dim=-1) >= 0).all()
+    assert predictor.quantized
+
+
+def test_the_metrics_are_those_of_the_saved_folder(tmp_path: Path) -> None:
+    data, net = SyntheticRows(), shadow()
+    fitted = module(net, Bce())
+    metrics = fit(fitted, data, trainer(tmp_path / "c"))
+    folder = save(net, tmp_path / "p", net.info)
+    back = Shadow.from_pretrained(folder)
+    inputs = data.held.inputs
+    for kind in KINDS:
+        assert torch.equal(back(inputs)[kind], net(inputs)[kind])
+    again = module(back, Bce())
+    pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    ).test(again, dataloaders=data.val_dataloader(), verbose=False)
+    assert again.results == metrics
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        save(net, folder, net.info)
+
+
+def test_training_starts_as_good_as_the_fixed_choice(tmp_path: Path) -> None:
+    fitted = module(shadow(), Bce(), lr=0.0)
+    metrics = fit(fitted, SyntheticRows(), trainer(tmp_path, max_steps=1, val_check_interval=1))
+    for kind in KINDS:
+        assert metrics[kind]["recall"] == pytest.approx(metrics[kind]["static"]["recall"], abs=0.05)
+
+
+def test_the_same_seed_gives_the_same_predictor(tmp_path: Path) -> None:
+    nets = []
+    for i in range(2):
+        pl.seed_everything(7, verbose=False)
+        nets.append(Shadow(3, 4, 48, 32, hidden=16, rank=8))
+        fit(module(nets[-1], Bce()), SyntheticRows(), trainer(tmp_path / str(i), max_steps=20))
+    for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
+
+
+class Interrupt(pl.Callback):
+    """Sends Ctrl-C after some steps."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [5, 30], ids=["before-validation", "after-validation"])
+def test_ctrl_c_keeps_the_work_and_last_goes_on(at: int, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    stopped = trainer(tmp_path, Interrupt(at))
+    with pytest.raises(SystemExit):
+        fit(module(shadow(), Bce()), SyntheticRows(), stopped)
+    signal.signal(signal.SIGINT, handler)
+    assert (tmp_path / "last.ckpt").exists() and stopped.global_step == at
+
+    resumed, steps = trainer(tmp_path), []
+    fitted = module(shadow(), Bce())
+    fitted.on_train_start = lambda: steps.append(resumed.global_step)  # type: ignore[method-assign]
+    metrics = fit(fitted, SyntheticRows(), resumed, ckpt_path="last")
+    assert steps == [at] and metrics["recall"] > metrics["neurons"]["static"]["recall"]
+
+
+def test_last_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to go on from"):
+        resume_from(trainer(tmp_path), "last")
+    with pytest.raises(ValueError, match="is no file"):
+        resume_from(trainer(tmp_path), str(tmp_path / "x.ckpt"))
+
+
+def test_early_stopping_and_the_best_weights(tmp_path: Path) -> None:
+    stop = EarlyStopping(monitor="val/recall", mode="max", patience=1, min_delta=1.0)
+    run = trainer(tmp_path, stop, max_steps=1000, val_check_interval=4)
+    fit(module(shadow(), Bce()), SyntheticRows(), run)
+    assert run.global_step == 8
+    best = run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    assert Path(best).exists()
+
+
+def test_fast_dev_run_goes_through(tmp_path: Path) -> None:
+    metrics = fit(module(shadow(), Bce()), SyntheticRows(), trainer(tmp_path, fast_dev_run=True))
+    assert metrics["rows"] == 64
+
+
+def test_unknown_length_needs_max_steps(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=-1, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+        fit(module(shadow(), Bce()), SyntheticRows(), run)
+
+
+def test_checkpoints_are_kept_by_configuration(tmp_path: Path) -> None:
+    import gnomon
+    from gnomon.tiny import tiny_host
+
+    spec: HostSpec = gnomon.describe(tiny_host()[0])
+    net = shadow()
+    config = {"seed": 0, "trainer": {"max_steps": 1}}
+    folder = checkpoint_folder(tmp_path, spec, net, config)
+    assert folder == checkpoint_folder(tmp_path, spec, net, {"seed": 0, "trainer": {}})
+    assert folder != checkpoint_folder(tmp_path, spec, net, {"seed": 1})

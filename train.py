@@ -1,0 +1,110 @@
+"""Trains a predictor: harvests what is missing, fits, reports held-out metrics, saves the folder.
+
+    python train.py                                     # the embedded host and text
+    python train.py host=hf host.name=<hub id | folder | GGUF> text=file text.path=<file>
+
+The last line of output is the predictor's folder (with harvest.mode=only: the trace folder).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import gnomon
+
+if __name__ == "__main__":  # bare `kernels` and `evaluate` must stay the PyPI packages
+    _ROOT = Path(__file__).resolve().parent
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from gnomon import tracking, training
+from gnomon.data.stage import prepare
+from gnomon.data.store import TraceStore
+from gnomon.predictors.module import PredictorModule
+
+
+@hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Runs one training from its configuration."""
+    training.quiet()
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    density = training.check_density(cfg.density)
+    if cfg.out is not None:
+        training.require_new(Path(cfg.out))
+
+    model, tokenizer = instantiate(cfg.host)
+    spec = gnomon.describe(model)
+    predictor = instantiate(cfg.predictor)(spec)
+    objective = instantiate(cfg.objective)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    checkpoints = training.checkpoint_folder(Path(cfg.paths.checkpoints), spec, predictor, config)
+    trainer = make_trainer(cfg, checkpoints)
+    training.resume_from(trainer, cfg.ckpt_path)  # complains now, not after the harvest
+
+    data = prepare(
+        **config["harvest"],
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        text=instantiate(cfg.text),
+        criterion=instantiate(cfg.criterion),
+        taps=predictor.taps,
+        needs=(objective.needs,),
+        density={str(kind): kept for kind, kept in density.items()},
+        out_root=Path(cfg.paths.traces),
+    )
+    if isinstance(data, TraceStore):
+        print(data.path)
+        return
+    data.seed = cfg.seed  # the order of rows; the traces themselves serve every seed
+    del model
+
+    module = PredictorModule(
+        predictor, objective, instantiate(cfg.optimizer), instantiate(cfg.scheduler), density
+    )
+    tracking.log_config(trainer.loggers, config)
+    metrics = training.fit(module, data, trainer, cfg.ckpt_path)
+    if not trainer.is_global_zero:
+        return
+    Console().print(training.metrics_table(metrics))
+    if training.is_trial(trainer):
+        print("fast_dev_run: nothing is saved")
+        return
+    info = training.describe_training(spec, objective.name, cfg.seed, data.info, metrics)
+    folder = Path(cfg.out or training.new_folder(Path(cfg.paths.predictors), spec, predictor))
+    training.save(predictor, folder, info)
+    tracking.log_training(trainer.loggers, data, folder, info)
+    print(folder)
+
+
+def make_trainer(cfg: DictConfig, checkpoints: Path) -> pl.Trainer:
+    """The Lightning trainer with its callbacks and loggers."""
+    skipped = {"checkpoint"} if cfg.trainer.fast_dev_run else set()
+    if not cfg.trainer.enable_progress_bar:
+        skipped.add("progress")
+    callbacks = []
+    for name, node in cfg.callbacks.items():
+        if node is None or name in skipped:
+            continue
+        extra = {"dirpath": str(checkpoints)} if name == "checkpoint" else {}
+        callbacks.append(instantiate(node, **extra))
+    return instantiate(cfg.trainer, _partial_=True)(
+        callbacks=callbacks,
+        logger=instantiate(cfg.logger) if cfg.logger else False,
+        default_root_dir=HydraConfig.get().runtime.output_dir,
+        **training.distributed(),
+    )
+
+
+if __name__ == "__main__":
+    main()
