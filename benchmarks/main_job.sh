@@ -13,23 +13,20 @@ mkdir -p "$OUT"
 
 "$python" benchmarks/harvest_speed.py --device "$DEVICE" --out "$OUT/harvest_speed.json"
 
-for predictor in ${PREDICTORS:-shadow dejavu}; do
-  case $predictor in
-    shadow) size="predictor.hidden=1024 predictor.rank=${SHADOW_RANK:-1024}" ;;
-    dejavu) size="predictor.rank=${DEJAVU_RANK:-256}" ;;
-  esac
-  # shellcheck disable=SC2086
-  "$python" train.py host.device="$DEVICE" text=file text.path="$TRAIN" text.tokens=$((STEPS * ROWS)) \
-    predictor=$predictor $size objective=bce harvest.mode=online harvest.batch=8 \
-    harvest.heldout_tokens=16384 harvest.means_tokens=131072 harvest.batch_size="$ROWS" \
-    optimizer.lr="${LR:-1e-3}" trainer.max_steps="$STEPS" trainer.val_check_interval=128 \
-    'callbacks.early_stopping=null' out="$OUT/$predictor" 2>&1 | tee "$OUT/train-$predictor.log"
-done
+train() { # name, then overrides
+  local name=$1 start=$SECONDS
+  shift
+  "$python" train.py host.device="$DEVICE" text=file text.path="$TRAIN" \
+    text.tokens=$((STEPS * ROWS)) predictor="$name" objective=bce harvest.mode=online \
+    harvest.batch=8 harvest.heldout_tokens=16384 harvest.means_tokens=131072 \
+    harvest.batch_size="$ROWS" trainer.max_steps="$STEPS" trainer.val_check_interval="$STEPS" \
+    callbacks.early_stopping=null "$@" 2>&1 | tee "$OUT/train-$name.log"
+  echo "train $name: $((SECONDS - start)) s" | tee -a "$OUT/train-$name.log"
+}
+train shadow predictor.hidden=1024 predictor.rank=1024 optimizer.lr=1e-3
+train dejavu predictor.rank=256 predictor.activation=true optimizer.lr=2e-3
 
-for predictor in ${PREDICTORS:-shadow dejavu}; do
-  "$python" evaluate.py -m host.device="$DEVICE" text=wikitext2 text.path="$TEST" text.tokens=32768 \
-    text.batch=8 policy=$predictor policy.predictor="$OUT/$predictor" budget.density=null \
-    budget.heads=1.0,0.67 budget.neurons=0.5,0.75 protocol=all,decode bytes.dtype=bfloat16 \
-    measure.quality.generation.tokens=0 hydra.sweep.dir="$OUT/eval-$predictor" 2>&1 |
-    tee "$OUT/eval-$predictor.log" | tail -40
-done
+"$python" evaluate.py -m host.device="$DEVICE" text=wikitext2 text.path="$TEST" text.tokens=32768 \
+  text.batch=8 policy=shadow,dejavu budget.density=null budget.heads=1.0,0.67 \
+  budget.neurons=0.5,0.75 protocol=all,decode bytes.dtype=bfloat16 \
+  measure.quality.generation.tokens=0 hydra.sweep.dir="$OUT/sweep" 2>&1 | tee "$OUT/evaluate.log" | tail -60

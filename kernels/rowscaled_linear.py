@@ -18,9 +18,6 @@ try:
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
-# Above this many rows a dequantised GEMM, which reads the weights once, beats one GEMV per row.
-MAX_GEMV_ROWS = 16
-
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds each row to int8 with its own scale; |error| <= scale / 2 per weight.
@@ -110,7 +107,10 @@ def rowscaled_linear_triton(
 
 
 def rowscaled_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Row-scaled linear: the Triton kernel for a few rows on CUDA, else the reference.
+    """Row-scaled linear as predictors use it: the reference, on every device.
+
+    The kernel is launched by :func:`rowscaled_linear_triton` alone, so that quality never depends on
+    which of the two a device happens to take.
 
     Args:
         x: (..., K).
@@ -121,7 +121,4 @@ def rowscaled_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = 
     Returns:
         (..., N) in x's dtype.
     """
-    few = x.numel() <= MAX_GEMV_ROWS * q.shape[1]
-    if triton is not None and x.is_cuda and few:
-        return rowscaled_linear_triton(x, q, scale, bias)
     return rowscaled_linear_reference(x, q, scale, bias)

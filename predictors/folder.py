@@ -36,6 +36,7 @@ def write_folder(predictor: Predictor, folder: Path) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in predictor.state_dict().items()}
     partial = folder / f"{WEIGHTS}.tmp"
     save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes 0600, which a shared folder cannot use
     os.replace(partial, folder / WEIGHTS)
     (folder / CARD).write_text(model_card(predictor), encoding="utf-8")
     partial = folder / f"{CONFIG}.tmp"

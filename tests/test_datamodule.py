@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +150,46 @@ def test_processes_have_as_many_batches_and_other_rows(
         module = make(source, stores, batch_size=50, needs={"scores"})
         seen.append([b["neurons"] for b in module.train_dataloader()])
         held.append([b["neurons"] for b in module.val_dataloader()])
-    if source == "int8":  # online, the processes agree by an all-reduce: test_train's DDP test
+    if source == "int8":  # online processes agree by an all-reduce: the next test
         assert len({len(s) for s in seen}) == 1
     assert len({sum(len(x) for x in h) for h in held}) == 1
     for parts in (seen, held):
         rows = [{tuple(r) for x in p for r in x[:, 1, :6].tolist()} for p in parts]
         assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+
+
+JOB = """
+import os, sys
+import torch.distributed as dist
+from gnomon.data.criteria import criterion
+from gnomon.data.datamodule import OnlineDataModule
+from gnomon.data.sources import SyntheticText
+from gnomon.host import Tap, describe
+from gnomon.tiny import tiny_host
+
+dist.init_process_group("gloo")
+model, tokenizer = tiny_host()
+text = SyntheticText(block=32, tokens=33 * 32)  # 17 blocks for one process, 16 for the other
+module = OnlineDataModule(model, tokenizer, describe(model), text, criterion("plainact"), [Tap(1)],
+                          heldout_tokens=256, means_tokens=64, batch_size=31)
+module.setup()
+loader = module.train_dataloader()
+counts = (len(loader), sum(1 for _ in loader), len(module._train_blocks()))
+open(sys.argv[1] + os.environ["RANK"], "w").write(repr(counts))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_online_processes_agree_on_the_number_of_batches(tmp_path: Path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(job), str(tmp_path / "rank")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [(tmp_path / f"rank{r}").read_text() for r in range(2)]
+    assert counts == ["(16, 16, 17)", "(16, 16, 16)"]
 
 
 def test_means(stores: dict[str, TraceStore]) -> None:

@@ -361,7 +361,7 @@ def test_killed_and_resumed(tmp_path: Path, job: Path) -> None:
 
 
 def torchrun(job: Path, out: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                str(job), str(out), "0"]  # fmt: skip
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -142,7 +142,8 @@ class Interrupt(pl.Callback):
 
 @pytest.mark.parametrize("at", [5, 30], ids=["before-validation", "after-validation"])
 def test_ctrl_c_keeps_the_work_and_last_goes_on(at: int, tmp_path: Path) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    # as in a terminal: a shell starts its background jobs with SIGINT ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     stopped = trainer(tmp_path, Interrupt(at))
     with pytest.raises(SystemExit):
         fit(module(shadow(), Bce()), SyntheticRows(), stopped)

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from gnomon.evaluation.rows import BRACKETS, Row
@@ -34,9 +35,9 @@ _TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 3000
 def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
     """Draws perplexity ratio (log) against byte density and unit density, one line per policy.
 
-    Brackets are dashed; points above the axis stand at its top with their value. Several seeds of
-    one setting are drawn as their geometric mean with the range of all seeds; single runs carry
-    their bootstrap interval.
+    Every protocol (host, text) has its own pair of panels. Brackets are dashed; points above the
+    axis stand at its top with their value. Several seeds of one setting are drawn as their geometric
+    mean with the range of all seeds; single runs carry their bootstrap interval.
 
     Args:
         rows: from :func:`gnomon.evaluation.rows.merge`; those without a ratio are left out.
@@ -48,31 +49,42 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
     rows = [row for row in rows if "ppl_ratio" in row]
     if not rows:
         raise ValueError("no result has a perplexity ratio to draw: add measure=[quality]")
+    panels = _panels(rows)
+    figure = Figure(figsize=(11, 0.9 + 3.9 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 2, sharey="row", squeeze=False)
+    for pair, (name, part) in zip(grid, panels.items(), strict=True):
+        _pair(pair[0], pair[1], part, name)
+    _legends(figure, list(_lines(rows)))
+    figure.suptitle(title(rows), fontsize=11)
+    return _save(figure, path)
+
+
+def _pair(left: Axes, right: Axes, rows: Sequence[Row], name: str) -> None:
+    """One protocol: against bytes on the left, against units on the right."""
     unit, unit_label = unit_axis(rows)
     lines = _lines(rows)
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
     low, high = _range(rows)
     for axes, key in ((left, "byte_density"), (right, unit)):
-        for name, points in lines.items():
-            _draw(axes, name, points, key, high, list(lines))
+        for line, points in lines.items():
+            _draw(axes, line, points, key, high, list(lines))
         _dress(axes, low, high)
         axes.set_xlim(*_span([row[key] for row in rows]))
     left.set_xlabel("byte density (bytes read per token, predictor included)")
-    left.set_ylabel("perplexity ratio to dense (log)")
+    left.set_ylabel("\n".join(part for part in (name, "perplexity ratio to dense (log)") if part))
     right.set_xlabel(unit_label)
     right.tick_params(labelleft=True)
-    handles = {line.get_label(): line for line in (*left.get_lines(), *right.get_lines())}
-    named = [name for name in lines if name in handles]
+
+
+def _legends(figure: Figure, names: list[str]) -> None:
+    """One legend below all panels."""
+    columns = min(5, len(names))
     figure.legend(
-        [handles[name] for name in named],
-        [_legend(name) for name in named],
+        [Line2D([], [], **_style(name, names)) for name in names],
+        [_legend(name) for name in names],
         loc="outside lower center",
-        ncols=min(6, len(named)),
+        ncols=columns,
         frameon=False,
     )
-    figure.suptitle(title(rows), fontsize=11)
-    return _save(figure, path)
 
 
 def layer_figure(per_layer: Mapping[str, Sequence[float]], path: Path, name: str) -> Path:
@@ -119,9 +131,20 @@ def unit_axis(rows: Sequence[Row]) -> tuple[str, str]:
     ) == 1 else "neuron density"
 
 
+def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by what a line must not join: host, text and protocol, named where they differ."""
+    keys = [k for k in ("host", "text", "protocol") if len({str(r.get(k)) for r in rows}) > 1]
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        name = ", ".join(f"{key} {row.get(key)}" for key in keys)
+        panels.setdefault(name, []).append(row)
+    return panels
+
+
 def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
     """Line name -> points in order of density; a point is the rows of all its seeds."""
-    keys = ("host", "text", "protocol", "refresh", "batch", "kv")
+    keys = ("refresh", "batch", "kv")
+    grid = _is_grid(rows)
     names = {row["policy"] for row in rows}
     varying = {
         name: [
@@ -132,11 +155,25 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
     lines: dict[str, dict[tuple[float, float], list[Row]]] = {}
     for row in rows:
         extra = [str(row[key]) for key in varying[row["policy"]] if key in row]
+        if grid and row["policy"] != "dense_int8":
+            heads = row["target_heads"]
+            extra.append("heads dense" if heads == 1 else f"heads {heads:g}")
         name = ", ".join([row["policy"], *extra])
         target = (row["target_heads"], row["target_neurons"])
         lines.setdefault(name, {}).setdefault(target, []).append(row)
     order = sorted(lines, key=_place)
     return {name: [lines[name][t] for t in sorted(lines[name])] for name in order}
+
+
+def _is_grid(rows: Sequence[Row]) -> bool:
+    """Whether heads and neurons were swept against each other: then a line has one head density."""
+    targets = {
+        (row["target_heads"], row["target_neurons"])
+        for row in rows
+        if row["policy"] not in ("dense", "dense_int8")
+    }
+    heads, neurons = {h for h, _ in targets}, {n for _, n in targets}
+    return len(heads) > 1 and len(neurons) > 1 and len(targets) > max(len(heads), len(neurons))
 
 
 def _place(line: str) -> tuple[int, str, str]:
@@ -163,7 +200,8 @@ def _draw(
     for at, value, (low, top) in places:
         if value > high:
             axes.plot([at], [high], color=colour, marker=style["marker"], clip_on=False)
-            _note(axes, f"↑ {short(value)}", (at, high), (0, 7), colour, ha="center")
+            lift = 7 + 10 * _variant(name, names)
+            _note(axes, f"↑ {short(value)}", (at, high), (0, lift), colour, ha="center")
         elif top > low:
             edges = {"color": colour, "linewidth": 1.3, "alpha": 0.8}
             axes.plot([at, at], [low, min(top, high)], marker="_", markersize=6, **edges)
@@ -201,23 +239,33 @@ def _whisker(rows: list[Row]) -> tuple[float, float]:
 
 
 def _style(name: str, names: list[str]) -> dict[str, Any]:
+    """Colour and marker tell the policy, an open marker and thinner line its second variant."""
     policy = name.split(",")[0]
-    if policy in _BRACKETS and sum(other.split(",")[0] == policy for other in names) == 1:
+    if policy in _BRACKETS:
         colour, marker = _BRACKETS[policy]
         line = "none" if policy == "dense_int8" else "--"
     else:
-        solid = [other for other in names if other.split(",")[0] not in _BRACKETS] or names
-        index = solid.index(name) if name in solid else names.index(name)
+        solid = list(
+            dict.fromkeys(n.split(",")[0] for n in names if n.split(",")[0] not in _BRACKETS)
+        )
+        index = solid.index(policy)
         colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        line = "--" if policy in _BRACKETS else "-"
-    size = 13 if marker == "*" else 6.5
+        line = "-"
+    variant = _variant(name, names)
     return {
         "color": colour,
         "marker": marker,
         "linestyle": line,
-        "markersize": size,
-        "linewidth": 1.6 if line == "--" else 2.2,
+        "markersize": 13 if marker == "*" else 6.5,
+        "markerfacecolor": colour if variant == 0 else "white",
+        "linewidth": (1.6 if line == "--" else 2.2) / (1 + 0.5 * variant),
+        "alpha": 1.0 if variant < 2 else 0.6,
     }
+
+
+def _variant(name: str, names: list[str]) -> int:
+    """Place of a line among those of its policy."""
+    return [n for n in names if n.split(",")[0] == name.split(",")[0]].index(name)
 
 
 def _legend(name: str) -> str:
