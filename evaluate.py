@@ -20,10 +20,12 @@ if __name__ == "__main__":  # Hugging Face `evaluate` and PyPI `kernels` must no
     here = Path(gnomon.__file__).resolve().parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
+from gnomon.errors import one_line
 from gnomon.evaluation import report, run
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="evaluate")
+@one_line
 def main(cfg: DictConfig) -> float | None:
     """Runs one evaluation; returns the perplexity ratio where it was measured, for sweepers."""
     hydra_config = HydraConfig.get()

@@ -29,10 +29,12 @@ from rich.console import Console
 from gnomon import tracking, training
 from gnomon.data.stage import prepare
 from gnomon.data.store import TraceStore
+from gnomon.errors import one_line
 from gnomon.predictors.module import PredictorModule
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="train")
+@one_line
 def main(cfg: DictConfig) -> None:
     """Runs one training from its configuration."""
     training.quiet()

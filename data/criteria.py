@@ -68,8 +68,15 @@ class Criterion:
     """
 
     name: ClassVar[str]
+    version: ClassVar[str] = ""  # change it with the formula, so that old traces are not used again
     needs_gradient: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = False
+
+    @property
+    def identity(self) -> str:
+        """What tells criteria of one name apart in the hash of a trace folder."""
+        cls = type(self)
+        return f"{cls.__module__}.{cls.__qualname__}" + (f"@{cls.version}" if cls.version else "")
 
     def heads(self, a: Tensor, g: Tensor | None, weights: LayerWeights | None) -> Tensor:
         """Scores (..., H), fp32, from activation and gradient (..., H, d)."""

@@ -110,6 +110,7 @@ class TraceDataModule(_RowsModule):
             "granularity": manifest["settings"]["granularity"],
             "text": manifest["text"]["name"],
             "text_digest": digests[0] if len(digests) == 1 else sha(digests),
+            "text_split": manifest["text"]["split"],
             "source": "store",
             "trace_hash": self.store.hash,
             "tokens": sum(s.tokens for s in self.store.shards("train")),
@@ -178,7 +179,7 @@ class OnlineDataModule(_RowsModule):
         batch_size: rows of a batch.
         host_batch: blocks in one forward and backward of the host.
         token_rate: share of the positions that become rows.
-        heldout_tokens: tokens of held-out documents.
+        heldout_tokens: tokens of validation documents.
         means_tokens: training tokens of the first pass that makes ``means`` before training.
         seed: of order and subsample.
     """
@@ -220,7 +221,7 @@ class OnlineDataModule(_RowsModule):
         if self._heldout is not None:
             return
         parts: list[Raw] = []
-        heldout = self.text.blocks(self.tokenizer, "heldout", self.heldout_tokens)
+        heldout = self.text.blocks(self.tokenizer, "validation", self.heldout_tokens)
         for ids in heldout.ids.split(self.host_batch):
             inputs, scores = self.rows.take(self._probe(ids), "heldout", 0, full=True)
             parts.append(encode_rows(inputs, scores, "int8", 1.0, torch.float32))
@@ -244,6 +245,7 @@ class OnlineDataModule(_RowsModule):
             "granularity": self.rows.granularity,
             "text": self.text.name,
             "text_digest": blocks.digest,
+            "text_split": self.text.facts("train", "validation"),
             "source": "online",
             "trace_hash": None,
             "tokens": blocks.ids.numel(),

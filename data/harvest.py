@@ -18,6 +18,7 @@ from torch import nn
 from gnomon.data.capture import Probe
 from gnomon.data.codes import Density, Format
 from gnomon.data.criteria import Criterion
+from gnomon.data.parts import LAUNCH, Parts
 from gnomon.data.plan import Granularity, Plan, make_plan
 from gnomon.data.store import (
     MANIFEST,
@@ -34,9 +35,6 @@ from gnomon.data.writer import Writer
 from gnomon.host import KINDS, HostSpec, Tap
 
 log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.2
-_PATIENCE = 300  # polls between two lines that say what is waited for
 
 
 def harvest(
@@ -81,7 +79,7 @@ def harvest(
         batch: blocks in one forward and backward.
         shard_blocks: blocks in one shard; memory holds one shard.
         max_gb: refuse a larger folder (10^9 bytes); None: no limit.
-        heldout_tokens: tokens of held-out documents, stored as int8 without subsampling.
+        heldout_tokens: tokens of validation documents, stored as int8 without subsampling.
         input_dtype: of stored inputs; ``auto``: bfloat16 for a bfloat16 host, else float16.
         seed: of the shuffle inside a shard and of the token subsample.
         progress: show a progress bar.
@@ -93,6 +91,7 @@ def harvest(
         ValueError: a bad setting; a folder that holds something else; a forecast over ``max_gb``
             or over the free disk; NaN or inf in scores.
         OSError: the disk is full. Complete shards are kept, the same call resumes.
+        TimeoutError: another process of this harvest is gone; see :mod:`gnomon.data.parts`.
     """
     out = Path(out).expanduser()
     rank, world = rank_world()
@@ -121,18 +120,19 @@ def harvest(
     _check_size(out, plan, max_gb)
     texts: dict[Part, Blocks] = {
         "train": text.blocks(tokenizer, "train", None, rank, world),
-        "heldout": text.blocks(tokenizer, "heldout", heldout_tokens, rank, world),
+        "heldout": text.blocks(tokenizer, "validation", heldout_tokens, rank, world),
     }
     _claim(out, plan)
-    _part(out, rank).unlink(missing_ok=True)
+    parts = Parts(out, rank, world)
     writer = Writer(plan, Probe(model, spec, taps, criterion), out, batch, rank)
     shards = writer.run(texts, progress and rank == 0)
     digests = {split: blocks.digest for split, blocks in texts.items()}
-    write_json(_part(out, rank), {"digests": digests, "shards": [asdict(s) for s in shards]})
+    part = {"digests": digests, "shards": [asdict(s) for s in shards]}
     if rank == 0:
-        _seal(out, plan, text, batch, writer)
+        _seal(out, plan, text, batch, writer, parts.collect(part))
+        parts.clear()
     else:
-        _wait(out / MANIFEST, "the first process to seal the folder")
+        parts.hand_in(part, out / MANIFEST)
     return TraceStore.open(out, spec)
 
 
@@ -166,7 +166,7 @@ def rank_world() -> tuple[int, int]:
 
 
 def _foreign(name: str) -> bool:
-    return name != SETTINGS and not name.endswith(".tmp")
+    return name not in (SETTINGS, LAUNCH) and not name.endswith(".tmp")
 
 
 def _require_same(
@@ -214,25 +214,15 @@ def _check_size(out: Path, plan: Plan, max_gb: float | None) -> None:
         )
 
 
-def _part(out: Path, rank: int) -> Path:
-    return out / f"part-{rank}.json"
-
-
-def _wait(path: Path, what: str) -> None:
-    polls = 0
-    while not path.is_file():
-        if polls % _PATIENCE == 0:
-            log.info("harvest: waiting for %s", what)
-        polls += 1
-        time.sleep(_POLL_SECONDS)
-
-
-def _seal(out: Path, plan: Plan, text: Text, batch: int, writer: Writer) -> None:
+def _seal(
+    out: Path,
+    plan: Plan,
+    text: Text,
+    batch: int,
+    writer: Writer,
+    parts: Sequence[dict[str, Any]],
+) -> None:
     """Merges the parts of all processes into one manifest."""
-    parts = []
-    for rank in range(plan.world):
-        _wait(_part(out, rank), f"process {rank} of {plan.world}")
-        parts.append(json.loads(_part(out, rank).read_text()))
     spec = plan.spec
     sizes = {k: getattr(spec, k) for k in ("L", "H", "G", "d", "D", "F")}
     manifest = {
@@ -248,6 +238,7 @@ def _seal(out: Path, plan: Plan, text: Text, batch: int, writer: Writer) -> None
         "text": {
             "name": text.name,
             "digests": {s: [p["digests"][s] for p in parts] for s in ("train", "heldout")},
+            "split": text.facts("train", "validation"),
         },
         "run": {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -259,7 +250,7 @@ def _seal(out: Path, plan: Plan, text: Text, batch: int, writer: Writer) -> None
         },
     }
     seal(out, manifest, [Shard(**s) for p in parts for s in p["shards"]])
-    for leftover in (*out.glob("part-*.json"), *out.glob("*.tmp")):
+    for leftover in out.glob("*.tmp"):
         leftover.unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from gnomon.data.text import Text
 from gnomon.host import KINDS, HostSpec, Tap
 
 Granularity = Literal["token", "prompt"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: held-out rows are of validation documents
 INPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -185,6 +185,7 @@ def make_plan(
         "version": FORMAT_VERSION,
         "host": {"hash": spec.hash, "family": spec.family, "dtype": host_dtype},
         "criterion": criterion.name,
+        "criterion_class": criterion.identity,
         "taps": [asdict(t) for t in taps],
         "text": {
             "fingerprint": text.fingerprint,

@@ -53,6 +53,9 @@ class EmbeddedText(Text):
     def fingerprint(self) -> str:
         return _sha(*(files.digest(self._path(f)) for f in self.files))
 
+    def facts(self, *splits: Split) -> dict[str, Any]:
+        return super().facts(*splits) | {"files": list(self.files)}
+
     def read(self, split: Split) -> Iterator[Document]:
         for file in self.files:
             text = files.read_text(self._path(file))
@@ -117,8 +120,8 @@ class WikiText2(Text):
         path: a local file (``.raw``, ``.tokens``, ``.txt``, ``.gz``); ``None``: the hub's
             ``Salesforce/wikitext``, ``wikitext-2-raw-v1``.
         part: ``train``, ``validation`` or ``test`` of the hub's data set; ``auto`` takes the
-            part that fits: training from ``train``, held-out from ``validation``, ``all`` (what
-            evaluation reads) from ``test``. Ignored with ``path``.
+            part that fits: training from ``train``, validation from ``validation``, ``heldout``
+            and ``all`` (what evaluation reads) from ``test``. Ignored with ``path``.
     """
 
     name = "wikitext2"
@@ -152,14 +155,20 @@ class WikiText2(Text):
         if self.path is not None:
             text = files.read_text(self.path)
         else:
-            part = self.part if self.part != "auto" else _PARTS[split]
-            rows = hub.rows("Salesforce/wikitext", "wikitext-2-raw-v1", part)
+            rows = hub.rows("Salesforce/wikitext", "wikitext-2-raw-v1", self._part_of(split))
             text = "".join(row["text"] for row in rows)
         yield from _numbered(files.divide(join_wikitext(text)))
 
     def partition(self, order: list[Document], split: Split) -> list[Document]:
         apart = self.path is None and self.part == "auto"
         return order if apart else super().partition(order, split)
+
+    def facts(self, *splits: Split) -> dict[str, Any]:
+        parts = sorted({self._part_of(split) for split in splits})
+        return super().facts(*splits) | ({"parts": parts} if self.path is None else {})
+
+    def _part_of(self, split: Split) -> str:
+        return _PARTS[split] if self.part == "auto" else self.part
 
 
 class C4(Text):
@@ -217,7 +226,7 @@ class SyntheticText(Text):
 
     def __init__(
         self,
-        documents: int = 64,
+        documents: int = 256,
         sentences: int = 24,
         block: int = 512,
         tokens: int = 8192,
@@ -270,7 +279,7 @@ def _sha(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-_PARTS: dict[str, str] = {"train": "train", "heldout": "validation", "all": "test"}
+_PARTS = {"train": "train", "validation": "validation", "heldout": "test", "all": "test"}
 _NOUNS = [
     "river",
     "stone",

@@ -1,4 +1,8 @@
-"""Text as documents, split once into train and held-out, and packed into blocks of token ids."""
+"""Text as documents, split once into three, and packed into blocks of token ids.
+
+``train`` trains, ``validation`` picks the checkpoint and the calibration, ``heldout`` is what
+evaluation reads; ``all`` is the whole text. A document is in one of the three.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "heldout", "all"]
+Split = Literal["train", "validation", "heldout", "all"]
 _MARGIN = (
     256  # tokens read beyond the wanted prefix, so that its last tokens are those of the whole text
 )
@@ -36,25 +40,27 @@ class Blocks:
     digest: str
     name: str
     split: Split
+    source: Text
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
 
 class Text:
-    """Base of every text source: override :meth:`read` and set ``name``.
+    """Base of every text source: override :meth:`read` and ``fingerprint``, and set ``name``.
 
     Args:
         block: tokens per block, a beginning-of-text token included.
         tokens: tokens that :meth:`blocks` takes by default; rounded down to whole blocks.
-        heldout: share of the documents kept out of training.
+        heldout: share of the documents kept out of training, half of it ``validation`` and half
+            ``heldout``.
         seed: decides, with each document's id, its split and its place in the order.
         bos: whether every block starts with the tokenizer's beginning-of-text token; ``auto``: only
             if the tokenizer adds one by itself.
     """
 
     name: str = "text"
-    streaming: bool = False  # documents too many to list: split by threshold, order of the stream
+    streaming: bool = False  # documents too many to list: they keep the order of the stream
 
     def __init__(
         self,
@@ -87,33 +93,58 @@ class Text:
         """Identity of the source's content, without paths; part of a trace folder's identity."""
         raise NotImplementedError(f"{type(self).__name__}.fingerprint")
 
+    def facts(self, *splits: Split) -> dict[str, Any]:
+        """What tells which documents ``splits`` hold, JSON-able; predictors record it."""
+        return {"seed": self.seed, "heldout": self.heldout, "fingerprint": self.fingerprint}
+
     def read(self, split: Split) -> Iterator[Document]:
         """Every document, in file order; ``split`` is for sources that have parts of their own."""
         raise NotImplementedError(f"{type(self).__name__}.read")
 
     def documents(self, split: Split) -> Iterator[Document]:
-        """Documents of a split: ``all`` in file order, ``train`` and ``heldout`` in seeded order.
+        """Documents of a split: ``all`` in file order, the others in seeded order.
 
         Raises:
-            ValueError: unknown split, or the source cannot be read.
+            ValueError: unknown split, nothing is held out, or the source cannot be read.
         """
         if split not in get_args(Split):
             raise ValueError(f"split={split!r} is unknown; use one of {', '.join(get_args(Split))}")
         if split == "all":
             yield from self.read(split)
         elif self.streaming:
-            held = split == "heldout"
-            yield from (d for d in self.read(split) if (self._draw(d) < self.heldout) == held)
+            self._require_share(split)
+            yield from (d for d in self.read(split) if self._part(d) == split)
         else:
             order = sorted(self.read(split), key=self._draw)
             yield from self.partition(order, split)
 
     def partition(self, order: list[Document], split: Split) -> list[Document]:
-        """The part of the seeded ``order`` that belongs to ``split``; at least one is held out."""
-        held = round(self.heldout * len(order))
-        if self.heldout and len(order) > 1:
-            held = min(max(1, held), len(order) - 1)
-        return order[:held] if split == "heldout" else order[held:]
+        """The part of the seeded ``order`` that belongs to ``split``.
+
+        Each document's draw decides alone, so that parts only grow when documents are added. A part
+        that this leaves empty takes the lowest draw of the training documents.
+
+        Raises:
+            ValueError: fewer than three documents, or nothing is held out.
+        """
+        self._require_share(split)
+        if not self.heldout:
+            return order
+        if len(order) < 3:
+            raise ValueError(
+                f"text {self.name} has {len(order)} document(s), and training, validation and "
+                "evaluation need one each: give more text, or a .jsonl file with a document a "
+                "line (text.split=all evaluates on the whole text)"
+            )
+        parts: dict[str, list[Document]] = {"train": [], "validation": [], "heldout": []}
+        for document in order:
+            parts[self._part(document)].append(document)
+        for found in parts.values():
+            if not found:
+                train = parts["train"]
+                donor = train if len(train) > 1 else max(parts.values(), key=len)
+                found.append(donor.pop(0))
+        return parts[split]
 
     def blocks(
         self,
@@ -126,7 +157,7 @@ class Text:
         """Tokenises and packs one split.
 
         ``all``: the documents joined verbatim and tokenised as one string, cut into blocks.
-        ``train``, ``heldout``: each document tokenised alone, packed end to end; rank ``r`` of
+        The others: each document tokenised alone, packed end to end; rank ``r`` of
         ``world`` takes every ``world``-th document, so ranks never share one.
 
         Args:
@@ -163,7 +194,7 @@ class Text:
             rows = torch.cat([torch.tensor(prefix).expand(len(rows), -1), rows], dim=1)
         rows = rows.contiguous()
         digest = hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest()
-        return Blocks(rows, digest, self.name, split)
+        return Blocks(rows, digest, self.name, split, self)
 
     def _check_rows(self, rows: Tensor, count: int, found: int, split: Split, world: int) -> None:
         if len(rows) == 0:
@@ -209,6 +240,19 @@ class Text:
             )
         adds = tokenizer("a").input_ids[:1] == [bos]
         return [bos] if self.bos is True or adds else []
+
+    def _require_share(self, split: Split) -> None:
+        if split != "train" and not self.heldout:
+            raise ValueError(
+                f"text {self.name}: split {split!r} is empty under text.heldout=0, which keeps no "
+                "document out of training: set text.heldout, e.g. to 0.1"
+            )
+
+    def _part(self, document: Document) -> Split:
+        draw = self._draw(document)
+        if draw >= self.heldout:
+            return "train"
+        return "validation" if draw < self.heldout / 2 else "heldout"
 
     def _draw(self, document: Document) -> float:
         digest = hashlib.sha256(f"{self.seed}:{document.id}".encode()).digest()

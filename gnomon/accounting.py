@@ -147,7 +147,7 @@ def expected_density(policy: Policy, budget: Budget) -> Density:
 
 
 def _counted(policy: Policy, budget: Budget, kind: UnitKind) -> float:
-    """The density that whole units give, e.g. 5 of 9 heads for 0.5."""
+    """The density that whole units give, e.g. 4 of 9 heads for 0.5."""
     decided = [policy.decides(kind, layer) for layer in range(policy.spec.L)]
     if budget.target(kind) == 1:
         return 1.0

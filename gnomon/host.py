@@ -275,11 +275,13 @@ def _path_of(model: Any, getter: str) -> str:
 
 
 def _fingerprint(model: nn.Module, layers: tuple[LayerSpec, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in (layers[0].down, layers[-1].down):
+    """Signs of weights spread over every linear and the embeddings: the same in every dtype."""
+    embed = _path_of(model, "get_input_embeddings")
+    paths = [embed, *(path for layer in layers for path in layer.linears)]
+    samples = []
+    for path in paths:
         flat = weight(model, path).detach().flatten()
         if flat.is_meta:
             return "offloaded"
-        sample = flat[:: max(1, flat.numel() // 4096)][:4096]
-        digest.update((sample > 0).to(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        samples.append((flat[:: max(1, flat.numel() // 512)][:512] > 0).cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16]

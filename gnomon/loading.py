@@ -179,8 +179,11 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _device(device: str) -> torch.device:
+    local = os.environ.get("LOCAL_RANK")  # torchrun: one device for each process
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local is not None:
+        device = f"cuda:{local}"
     try:
         where = torch.device(device)
     except RuntimeError:

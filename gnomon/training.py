@@ -58,6 +58,8 @@ def fit(
         raise
     if not is_trial(trainer):
         _load_best(module, trainer)
+    means = getattr(data, "means")  # noqa: B009  (of all rows seen; online they have grown)
+    module.predictor.set_means({kind: means[kind].float().cpu() for kind in KINDS})
     module.predictor.quantize()
     trainer.test(module, dataloaders=data.val_dataloader(), verbose=False)
     return module.results
@@ -173,6 +175,7 @@ def describe_training(
         granularity=source["granularity"],
         text=source["text"],
         text_digest=source["text_digest"],
+        text_split=dict(source.get("text_split", {})),
         trace_hash=source.get("trace_hash"),
         tokens=source.get("tokens", 0),
         seed=seed,

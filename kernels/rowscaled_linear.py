@@ -109,8 +109,8 @@ def rowscaled_linear_triton(
 def rowscaled_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Row-scaled linear as predictors use it: the reference, on every device.
 
-    The kernel is launched by :func:`rowscaled_linear_triton` alone, so that quality never depends on
-    which of the two a device happens to take.
+    The kernel is launched by :func:`rowscaled_linear_triton` alone, so that quality never depends
+    on which of the two a device happens to take.
 
     Args:
         x: (..., K).

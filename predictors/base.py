@@ -25,6 +25,8 @@ class PredictorInfo:
         host, revision, spec_hash: the host it belongs to.
         criterion, objective, granularity: what its scores mean.
         text, text_digest, trace_hash: its text, and its trace store (None when trained online).
+        text_split: which documents it saw (``Text.facts``): seed, held-out share, fingerprint and
+            what else the source has; empty in folders written before it was recorded.
         tokens: training tokens that were harvested, or in one epoch online.
         metrics: held-out metrics (docs/predictors.md lists the keys).
     """
@@ -37,6 +39,7 @@ class PredictorInfo:
     granularity: str = ""
     text: str = ""
     text_digest: str = ""
+    text_split: dict[str, Any] = field(default_factory=dict)
     trace_hash: str | None = None
     tokens: int = 0
     seed: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from gnomon.host import KINDS
 
@@ -35,7 +36,7 @@ with gnomon.sparsify(model, policy):
 | trained on | |
 |---|---|
 | host | {host}, revision {revision}, spec {spec_hash} |
-| text | {text} ({text_digest}) |
+| text | {text} ({text_digest}){text_split} |
 | criterion, granularity, objective | {criterion}, {granularity}, {objective} |
 | traces | {trace_hash} |
 | seed | {seed} |
@@ -61,6 +62,7 @@ def model_card(predictor: Predictor) -> str:
         spec_hash=info.spec_hash or "unknown",
         text=info.text or "unknown text",
         text_digest=info.text_digest[:16] or "no digest",
+        text_split=_split(info.text_split),
         criterion=info.criterion or "?",
         granularity=info.granularity or "?",
         objective=info.objective or "?",
@@ -69,6 +71,11 @@ def model_card(predictor: Predictor) -> str:
         nbytes=predictor.nbytes,
         metrics=_metrics(predictor),
     )
+
+
+def _split(facts: Mapping[str, Any]) -> str:
+    known = [f"text.{key}={facts[key]}" for key in ("heldout", "seed") if key in facts]
+    return f", {', '.join(known)}" if known else ""
 
 
 def _taps(predictor: Predictor) -> str:

@@ -1,9 +1,9 @@
 """DejaVu: one low-rank network per layer and kind, reading that layer or one a few layers earlier.
 
 Paper: "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time"
-(https://arxiv.org/abs/2310.17157). As in the release, two linears without a non-linearity between
-them (``activation=True`` adds a ReLU). Deviations: the output has a bias (so that training starts
-at the fixed choice); the input is normalised by its root mean square; weights are row-scaled int8.
+(https://arxiv.org/abs/2310.17157). Deviations: a ReLU between the two linears (the release has
+none: ``activation=False``); the output has a bias, so that training starts at the fixed choice; the
+input is normalised by its root mean square; weights are row-scaled int8.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gnomon.predictors.shadow import _require_positive
 
 
 class DejaVu(Predictor):
-    """scores of layer l = B_l A_l rms(x) + b_l, with x tapped ``lookahead`` layers before l.
+    """scores of layer l = B_l relu(A_l rms(x)) + b_l, with x tapped ``lookahead`` layers before l.
 
     Args:
         L, H, F: layers, heads and neurons of the host.
@@ -28,7 +28,7 @@ class DejaVu(Predictor):
         rank: inner width of each network.
         lookahead: layers between the tap and the layer it decides; the first ones stay dense.
         heads_site, neurons_site: where each kind is read.
-        activation: ReLU between the two linears.
+        activation: ReLU between the two linears; False as in the release.
 
     Raises:
         ValueError: a site that does not exist yet when its units are decided, or no layer left.
@@ -46,7 +46,7 @@ class DejaVu(Predictor):
         lookahead: int = 0,
         heads_site: Site = "layer_input",
         neurons_site: Site = "ffn_input",
-        activation: bool = False,
+        activation: bool = True,
     ) -> None:
         if not 0 <= lookahead < L:
             raise ValueError(f"predictor.lookahead={lookahead}: use 0 to {L - 1} in {L} layers")
@@ -81,7 +81,7 @@ class DejaVu(Predictor):
         lookahead: int = 0,
         heads_site: Site = "layer_input",
         neurons_site: Site = "ffn_input",
-        activation: bool = False,
+        activation: bool = True,
     ) -> Self:
         """An untrained predictor sized for a host."""
         width = spec.width(heads_site)

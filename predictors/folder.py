@@ -189,8 +189,12 @@ def _host(host: dict[str, str]) -> dict[str, str]:
     return {"host": host["name"], "revision": host["revision"], "spec_hash": host["spec_hash"]}
 
 
-def _text(text: dict[str, str]) -> dict[str, str]:
-    return {"text": text.get("name", ""), "text_digest": text.get("digest", "")}
+def _text(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "text": text.get("name", ""),
+        "text_digest": text.get("digest", ""),
+        "text_split": text.get("split", {}),
+    }
 
 
 def _config_text(predictor: Predictor) -> str:
@@ -200,7 +204,11 @@ def _config_text(predictor: Predictor) -> str:
         "revision": info.pop("revision"),
         "spec_hash": info.pop("spec_hash"),
     }
-    text = {"name": info.pop("text"), "digest": info.pop("text_digest")}
+    text = {
+        "name": info.pop("text"),
+        "digest": info.pop("text_digest"),
+        "split": info.pop("text_split"),
+    }
     head = {
         "format": FORMAT,
         "class": predictor.name,

@@ -208,8 +208,11 @@ def test_means(stores: dict[str, TraceStore]) -> None:
 def test_info(source: str, stores: dict[str, TraceStore]) -> None:
     info = make(source, stores).info
     assert set(info) == {
-        *("criterion", "granularity", "text", "text_digest", "source", "trace_hash", "tokens")
+        *("criterion", "granularity", "text", "text_digest", "source", "trace_hash", "tokens"),
+        "text_split",
     }
+    assert info["text_split"] == TEXT.facts("train", "validation")
+    assert info["text_split"].keys() == {"seed", "heldout", "fingerprint"}
     assert info["criterion"] == "plainact" and info["text"] == "synthetic"
     assert info["text_digest"] == TEXT.blocks(TOKENIZER, "train").digest
     assert (info["trace_hash"] is None) == (source == "online")
@@ -231,6 +234,21 @@ def test_asking_for_what_a_store_does_not_hold(stores: dict[str, TraceStore]) ->
     assert (
         batch["neurons_labels"].sum(-1).eq(12).all() and batch["heads_labels"].sum(-1).eq(2).all()
     )
+
+
+@pytest.mark.parametrize("source", ["int8", "online"])
+def test_validation_rows_are_not_of_what_evaluation_reads(
+    source: str, stores: dict[str, TraceStore]
+) -> None:
+    rows = torch.cat([b["inputs"] for b in make(source, stores).val_dataloader()])[:, 0]
+
+    def nearest(split: Any) -> torch.Tensor:
+        blocks = TEXT.blocks(TOKENIZER, split, 8 * BLOCK)
+        found = Probe(HOST, SPEC, TAPS, criterion("plainact"))(blocks.ids).inputs
+        return torch.cdist(rows, found[:, :-1, 0].flatten(0, 1).float()).min(1).values
+
+    assert nearest("validation").max() < 0.1
+    assert nearest("heldout").max() > 0.5
 
 
 def test_online_prompt_rows() -> None:

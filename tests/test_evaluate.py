@@ -15,8 +15,12 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 import gnomon
+from gnomon.data import hub
+from gnomon.data.sources import FileText, SyntheticText, WikiText2
+from gnomon.data.text import Text
 from gnomon.evaluation import baseline, bench, log, run
 from gnomon.evaluation.brackets import bracket_budget
+from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import read_results
 from gnomon.evaluation.subject import Found, find, overlap, predictor_digest
 from gnomon.predictors.base import PredictorInfo
@@ -115,6 +119,7 @@ def test_a_run_writes_valid_results_with_brackets_and_metrics(tmp_path):
     ]
     assert outcome.ratio == text["ppl_ratio"]
     assert outcome.warning is None
+    assert "warnings" not in results
 
 
 def test_dense_has_ratio_one_and_everything_kept(tmp_path):
@@ -153,6 +158,47 @@ def test_static_bracket_is_left_out_without_any_predictor(tmp_path, caplog):
     results = run.evaluate(settings(tmp_path), tmp_path / "run", "x").results
     assert [b["policy"] for b in results["brackets"]] == ["dense_int8", "random"]
     assert "bracket `static` left out" in caplog.text
+    assert ["bracket `static` left out" in message for message in results["warnings"]] == [True]
+
+
+def test_a_bracket_that_cannot_meet_the_budget_is_left_out_and_recorded(tmp_path, monkeypatch):
+    whole = bench.Bench.measure
+
+    def refuse(message: str) -> None:
+        def measure(self, policy, identity):
+            if policy.name == "random":
+                raise ValueError(message)
+            return whole(self, policy, identity)
+
+        monkeypatch.setattr(bench.Bench, "measure", measure)
+
+    config = settings(tmp_path, measure__quality__brackets=["random", "dense_int8"])
+    refuse("budget.bytes=0.1 cannot be reached by policy=random")
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert [b["policy"] for b in results["brackets"]] == ["dense_int8"]
+    assert results["warnings"] == [
+        "Bracket `random` left out: budget.bytes=0.1 cannot be reached by policy=random"
+    ]
+    refuse("means of heads have shape (1, 2)")
+    with pytest.raises(ValueError, match="means of heads"):
+        run.evaluate(config, tmp_path / "again", "x")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_bracket_that_is_spread_otherwise_is_recorded(tmp_path):
+    train_shadow(tmp_path)
+    config = settings(tmp_path, "static", policy__predictor="auto", budget__spread="hybrid")
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert [b["policy"] for b in results["brackets"]] == ["dense_int8", "oracle", "random"]
+    assert [message.split("`")[1] for message in results["warnings"]] == ["oracle", "random"]
+    assert all("budget.spread=hybrid" in message for message in results["warnings"])
+
+
+def test_dense_int8_stands_beside_a_shared_batch(tmp_path):
+    names = ["dense_int8", "random"]
+    changes = {"policy__batch": "shared", "measure__quality__brackets": names}
+    results = run.evaluate(settings(tmp_path, **changes), tmp_path / "run", "x").results
+    assert [b["policy"] for b in results["brackets"]] == names
 
 
 def test_byte_budget_is_recorded_and_met(tmp_path):
@@ -216,27 +262,101 @@ def test_a_predictor_of_another_host_is_refused_by_name(tmp_path):
         ("auto", "gnomon.data.sources.FileText", "all"),
         ("auto", "gnomon.data.sources.WikiText2", "all"),
         ("train", "gnomon.data.sources.EmbeddedText", "train"),
+        ("validation", "gnomon.data.sources.EmbeddedText", "validation"),
     ],
 )
 def test_split_auto(split, target, expected):
     assert run.choose_split(split, target) == expected
 
 
-def test_training_text_is_warned_about_unless_held_out(tmp_path):
-    model, _ = tiny_host()
-    predictor = Shadow.for_host(gnomon.describe(model), hidden=8, rank=8)
-    predictor.info = PredictorInfo(text="synthetic", text_digest="abc")
-    config = settings(tmp_path)
-    parts = (config["host"], config["text"], config["protocol"])
-    opened = run.open_bench(*parts, backend="auto", cache=None)
-    assert overlap(opened, Found(predictor, "p")) is None
-    seen = replace(opened, blocks=replace(opened.blocks, split="all"))
-    assert "flattered" in (overlap(seen, Found(predictor, "p")) or "")
-    predictor.info = PredictorInfo(text="other", text_digest="abc")
-    assert overlap(seen, Found(predictor, "p")) is None
-    predictor.info = PredictorInfo(text="other", text_digest=opened.blocks.digest)
-    assert overlap(seen, Found(predictor, "p")) is not None
-    assert overlap(seen, Found()) is None
+def opened(text: Text, split: str) -> bench.Bench:
+    """A bench that overlap() can look at: only its blocks are real."""
+    model, tokenizer = tiny_host()
+    blocks = text.blocks(tokenizer, split, tokens=text.block)
+    spec = gnomon.describe(model)
+    return bench.Bench(model, tokenizer, spec, {}, blocks, Protocol("all"))
+
+
+def trained_on(text: Text | None, name: str = "", text_digest: str = "abc") -> Found:
+    """A predictor that was trained on a text, as a folder gives it back."""
+    predictor = Shadow.for_host(gnomon.describe(tiny_host()[0]), hidden=8, rank=8)
+    facts = text.facts("train", "validation") if text else {}
+    predictor.info = PredictorInfo(
+        text=text.name if text else name, text_digest=text_digest, text_split=facts
+    )
+    return Found(predictor, "p")
+
+
+def synthetic(**changes) -> SyntheticText:
+    return SyntheticText(**({"documents": 40, "block": 32, "tokens": 64} | changes))
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [("all", "flattered"), ("train", "flattered"), ("validation", "flattered"), ("heldout", None)],
+)
+def test_training_text_is_warned_about_unless_held_out(split, said):
+    warning = overlap(opened(synthetic(), split), trained_on(synthetic()))
+    assert said in warning if said else warning is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"seed": 1}, "seed 1 there and 0 here"), ({"heldout": 0.3}, "heldout 0.3 there and 0.1 here")]
+    + [({"sentences": 9}, "fingerprint")],
+)
+def test_another_split_of_the_training_text_is_warned_about(changes, said):
+    warning = overlap(opened(synthetic(), "heldout"), trained_on(synthetic(**changes)))
+    assert "may have seen some" in warning and said in warning
+
+
+def test_older_predictors_are_known_by_name_or_digest():
+    bench_ = opened(synthetic(), "all")
+    assert overlap(bench_, trained_on(None, name="other")) is None
+    assert "flattered" in overlap(bench_, trained_on(None, name="synthetic"))
+    same = bench_.blocks.digest
+    assert "flattered" in overlap(bench_, trained_on(None, name="other", text_digest=same))
+    held = opened(synthetic(), "heldout")
+    assert "does not say" in overlap(held, trained_on(None, name="synthetic"))
+    assert overlap(held, trained_on(None, name="other")) is None
+    assert overlap(held, Found()) is None
+
+
+def test_a_renamed_file_and_wikitext2_are_known_by_their_content(tmp_path, monkeypatch):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    for i, path in enumerate((one, two)):
+        path.write_text("".join(f"line {n} of text {i}\n" for n in range(2000)))
+    copy_ = tmp_path / "copy.txt"
+    copy_.write_text(one.read_text())
+    small = {"block": 32, "tokens": 64}
+    renamed = opened(FileText(copy_, **small), "all")
+    assert "flattered" in overlap(renamed, trained_on(FileText(one, **small)))
+    assert overlap(renamed, trained_on(FileText(two, **small))) is None
+
+    wiki = opened(WikiText2(one, **small), "all")
+    assert "flattered" in overlap(wiki, trained_on(WikiText2(one, **small)))
+    assert overlap(wiki, trained_on(WikiText2(two, **small))) is None
+    assert overlap(wiki, trained_on(None, name="wikitext2")) is None
+
+    rows = [{"text": line + "\n"} for line in one.read_text().splitlines()]
+    monkeypatch.setattr(hub, "rows", lambda *a, **k: rows)
+    trained = trained_on(WikiText2(**small))
+    assert overlap(opened(WikiText2(**small), "all"), trained) is None
+    assert "flattered" in overlap(opened(WikiText2(part="train", **small), "all"), trained)
+    assert "parts" in overlap(opened(WikiText2(part="train", **small), "heldout"), trained)
+
+
+def test_the_overlap_reaches_the_results(tmp_path):
+    config = settings(tmp_path, "shadow", policy__predictor="auto", text__split="all")
+    split = SyntheticText(block=48, tokens=240).facts("train", "validation")
+    train_shadow(tmp_path, text="synthetic", text_split=split)
+    config["measure"]["quality"]["brackets"] = []
+    outcome = run.evaluate(config, tmp_path / "run", "x")
+    assert read_results(outcome.path)["warnings"] == [outcome.warning]
+    assert "the shadow predictor was trained on this text (synthetic)" in outcome.warning
+    assert outcome.results["policy"]["predictor"]["text_split"] == split
+    config["text"]["split"] = "heldout"
+    assert "warnings" not in run.evaluate(config, tmp_path / "held", "x").results
 
 
 def test_predictor_digest_sees_one_changed_bit():

@@ -91,8 +91,9 @@ def test_left_padding_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["random", "shadow", "shadow-prompt"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_static_cache_agrees_with_dynamic(name: str, padded: bool) -> None:
-    model, _ = tiny_host("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
+def test_static_cache_agrees_with_dynamic(name: str, padded: bool, family: str) -> None:
+    model, _ = tiny_host(family)
     batch, mask = ids_of(rows=2), torch.ones(2, 9, dtype=torch.long)
     if padded:
         batch[0, :4], mask[0, :4] = 256, 0
@@ -130,6 +131,31 @@ def test_beam_search_and_sampling_run_sparse(name: str) -> None:
                 model.generate(ids, max_new_tokens=5, **(GREEDY | {"do_sample": True}), top_k=20)
             )
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["random", "shadow", "dejavu", "shadow-prompt"])
+def test_beams_keep_their_own_decisions(name: str) -> None:
+    """The score of every returned beam is that of its text, run at once with the same boundary."""
+    model, _ = tiny_host("llama")
+    ids = ids_of(rows=2)
+    with gnomon.sparsify(model, POLICIES[name](model, HALF)):
+        out = model.generate(
+            ids,
+            max_new_tokens=6,
+            num_beams=4,
+            num_return_sequences=4,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+    with (
+        torch.no_grad(),
+        gnomon.sparsify(model, POLICIES[name](model, HALF), prompt_length=ids.shape[1]),
+    ):
+        logits = model(out.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    chosen = out.sequences[:, ids.shape[1] :, None]
+    text = logits.log_softmax(-1).gather(-1, chosen).sum((1, 2)) / chosen.shape[1]
+    torch.testing.assert_close(out.sequences_scores, text, rtol=1e-4, atol=1e-4)
 
 
 def test_one_beam_is_greedy() -> None:

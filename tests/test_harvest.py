@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import pytest
 import torch
 
 from gnomon.data import harvest as harvest_module
+from gnomon.data import parts as parts_module
 from gnomon.data import writer as writer_module
 from gnomon.data.capture import Probe
 from gnomon.data.codes import decode_rows, top_k
-from gnomon.data.criteria import criterion
+from gnomon.data.criteria import PlainAct, criterion
 from gnomon.data.harvest import harvest
+from gnomon.data.parts import LAUNCH, Parts
+from gnomon.data.plan import make_plan
 from gnomon.data.sources import FileText, SyntheticText
 from gnomon.data.stage import prepare
 from gnomon.data.store import TraceStore
@@ -46,7 +50,8 @@ def rows_of(store: TraceStore, split: Any = "train") -> dict[str, torch.Tensor]:
 
 
 def captured(split: Any = "train", tokens: int = 32 * BLOCK, name: str = "plainact") -> Any:
-    blocks = SyntheticText(block=BLOCK, tokens=tokens).blocks(TOKENIZER, split)
+    documents = "validation" if split == "heldout" else split
+    blocks = SyntheticText(block=BLOCK, tokens=tokens).blocks(TOKENIZER, documents)
     return Probe(HOST, SPEC, [Tap(1)], criterion(name))(blocks.ids)
 
 
@@ -163,6 +168,48 @@ def test_same_seed_same_hash(tmp_path: Path) -> None:
         run(tmp_path / "text", SyntheticText(block=BLOCK, tokens=32 * BLOCK, seed=1)),
     ]
     assert len({first.hash, *(s.hash for s in other)}) == 4
+
+
+def test_held_out_rows_are_not_of_what_evaluation_reads(tmp_path: Path) -> None:
+    text = SyntheticText(block=BLOCK, tokens=32 * BLOCK)
+    manifest = run(tmp_path / "t", text).manifest
+    digests = {s: text.blocks(TOKENIZER, s, 8 * BLOCK).digest for s in ("validation", "heldout")}
+    assert manifest["text"]["digests"]["heldout"] == [digests["validation"]]
+    assert digests["validation"] != digests["heldout"]
+    assert manifest["text"]["split"] == text.facts("train", "validation")
+
+
+def test_criteria_of_one_name_share_no_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mine(PlainAct):
+        pass
+
+    monkeypatch.setattr(PlainAct, "version", "")
+    text = SyntheticText(block=BLOCK, tokens=32 * BLOCK)
+    plans = [
+        make_plan(
+            *(SPEC, text, made, [Tap(1)], "float32"),
+            granularity="token",
+            prompts=None,
+            format="int8",
+            label_density=0.5,
+            token_rate=1.0,
+            shard_blocks=8,
+            heldout_tokens=8 * BLOCK,
+            input_dtype="auto",
+            seed=0,
+            world=1,
+        )
+        for made in (PlainAct(), PlainAct(), Mine(), type("Fixed", (Mine,), {"version": "2"})())
+    ]
+    assert plans[0].identity["criterion"] == plans[2].identity["criterion"] == "plainact"
+    keys = [plan.key for plan in plans]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    run(tmp_path / "t")
+    monkeypatch.setattr(PlainAct, "version", "2")
+    with pytest.raises(ValueError, match="criterion_class: .*PlainAct there, .*PlainAct@2 asked"):
+        run(tmp_path / "t")
 
 
 def test_a_complete_folder_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +351,8 @@ def test_a_changed_text_is_not_mixed_in(tmp_path: Path) -> None:
 
 
 JOB = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from gnomon.data import writer
 from gnomon.data.criteria import criterion
 from gnomon.data.harvest import harvest
@@ -312,7 +360,9 @@ from gnomon.data.sources import SyntheticText
 from gnomon.host import Tap, describe
 from gnomon.tiny import tiny_host
 
-slow = float(sys.argv[2])
+rank = int(os.environ.get("RANK", "0"))
+slow = float(sys.argv[2].split(",")[min(rank, sys.argv[2].count(","))])
+Path(f"{sys.argv[1]}-pid-{rank}").write_text(str(os.getpid()))
 real = writer.Writer._capture
 def patient(self, task, advance):
     time.sleep(slow)
@@ -320,6 +370,8 @@ def patient(self, task, advance):
 writer.Writer._capture = patient
 model, tokenizer = tiny_host()
 text = SyntheticText(block=32, tokens=1024)
+if rank == 1 and "late" in sys.argv:
+    time.sleep(2)
 store = harvest(model, tokenizer, describe(model), text, criterion("plainact"), [Tap(1)],
                 sys.argv[1], heldout_tokens=256, shard_blocks=2)
 sys.stdout.write(store.hash)
@@ -360,17 +412,102 @@ def test_killed_and_resumed(tmp_path: Path, job: Path) -> None:
         assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
-def torchrun(job: Path, out: Path) -> None:
+def shard(file: str) -> dict[str, Any]:
+    return {"file": file, "bytes": 3}
+
+
+def test_only_parts_of_this_launch_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of an earlier launch, whatever it says, is not taken; the live one is."""
+    monkeypatch.setattr(parts_module, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(parts_module, "_POLL_SECONDS", 0.02)
+    (tmp_path / "a").write_text("abc")
+    stale = {"launch": "earlier", "shards": [shard("a")]}
+    (tmp_path / "part-0.json").write_text(json.dumps(stale))
+    (tmp_path / "part-1.json").write_text(json.dumps(stale))
+    (tmp_path / LAUNCH).write_text(json.dumps({"launch": "earlier"}))
+    first = Parts(tmp_path, 0, 2)
+    assert not (tmp_path / "part-0.json").exists()
+    with pytest.raises(TimeoutError, match="for 0.3 s while waiting for process 1 of 2.*resumes"):
+        first.collect({"shards": []})
+
+    other = Parts(tmp_path, 1, 2)
+    assert not (tmp_path / "part-1.json").exists()
+    live = {"shards": [shard("a")], "digests": {}}
+    with pytest.raises(TimeoutError, match="the first process to seal"):
+        other.hand_in(live, tmp_path / "manifest.json")
+    assert first.collect({"shards": []})[1] == {"launch": first.launch, **live}
+    (tmp_path / "a").write_text("abcd")
+    with pytest.raises(ValueError, match="a is 4 bytes, its process wrote 3"):
+        first.collect({"shards": []})
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="a is missing"):
+        first.collect({"shards": []})
+    first.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_is_handed_in_again_to_a_new_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "_POLL_SECONDS", 0.02)
+    other = Parts(tmp_path, 1, 2)
+    (tmp_path / LAUNCH).write_text(json.dumps({"launch": "earlier"}))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other.hand_in, {"shards": []}, tmp_path / "manifest.json")
+        while not (tmp_path / "part-1.json").exists():
+            time.sleep(0.01)
+        first = Parts(tmp_path, 0, 2)
+        found = first.collect({"shards": []})
+        (tmp_path / "manifest.json").write_text("{}")
+        waiting.result(timeout=5)
+    assert found[1]["launch"] == first.launch
+
+
+def torchrun(job: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(job), str(out), "0"]  # fmt: skip
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+               str(job), str(out), *(settings or ("0",))]  # fmt: skip
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace folder that two processes made."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "job.py").write_text(JOB)
+    finish(torchrun(folder / "job.py", folder / "two"))
+    return folder / "two"
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path: Path, job: Path) -> None:
-    out = tmp_path / "two"
-    torchrun(job, out)
+def test_two_processes_killed_and_resumed(tmp_path: Path, job: Path, two: Path) -> None:
+    """The second process is done and waits when all are killed; then a shard of it is lost."""
+    out = tmp_path / "killed"
+    process = torchrun(job, out, "1,0")
+    deadline = time.monotonic() + 60
+    while not (out / "part-1.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    for rank in range(2):  # torchrun's processes outlive it when it is killed
+        os.kill(int(Path(f"{out}-pid-{rank}").read_text()), signal.SIGKILL)
+    process.communicate()
+    assert not (out / "manifest.json").exists()
+    lost = out / "train-r1-00003.safetensors"
+    lost.unlink()
+
+    finish(torchrun(job, out, "0", "late"))
+    assert TraceStore.open(out, SPEC).hash == TraceStore.open(two, SPEC).hash
+    assert not list(out.glob("part-*")) and not (out / LAUNCH).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(two: Path) -> None:
+    out = two
     store = TraceStore.open(out, SPEC)
     assert store.manifest["settings"]["world"] == 2
     files = [s.file for s in store.shards("train")]

@@ -197,3 +197,21 @@ def test_unknown_site_is_refused() -> None:
 def test_unknown_family_is_refused() -> None:
     with pytest.raises(ValueError, match=r"host\.family='bert' is unknown; use one of llama"):
         tiny_host("bert")
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v", "out", "gate", "up", "down"])
+def test_other_weights_anywhere_are_another_host(role: str) -> None:
+    model, _ = tiny_host("llama")
+    before = describe(model).hash
+    with torch.no_grad():
+        changed = weight(model, getattr(describe(model).layers[1], role))
+        changed.copy_(torch.randn_like(changed))
+    assert describe(model).hash != before
+
+
+def test_other_embeddings_are_another_host() -> None:
+    model, _ = tiny_host("llama")
+    before = describe(model).hash
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    assert describe(model).hash != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,24 @@ def test_folder_holds_what_the_contract_says(spec: HostSpec, tmp_path: Path) -> 
     torch.testing.assert_close(means, predictor.means["neurons"], rtol=5e-4, atol=0)
     assert "library_name: gnomon" in (tmp_path / "README.md").read_text()
     assert not predictor.quantized, "saving must not end a training"
+
+
+def test_the_split_of_its_text_is_kept_and_older_folders_load(
+    spec: HostSpec, tmp_path: Path
+) -> None:
+    predictor = build(CASES[0], spec)
+    facts = {"seed": 3, "heldout": 0.2, "fingerprint": "f", "files": ["wiki"]}
+    predictor.info = replace(predictor.info, text="t", text_digest="d", text_split=facts)
+    predictor.save_pretrained(tmp_path)
+    assert gnomon.load_predictor(tmp_path).info.text_split == facts
+    assert "text.heldout=0.2, text.seed=3" in (tmp_path / "README.md").read_text()
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["text"] == {"name": "t", "digest": "d", "split": facts}
+    del config["text"]["split"]
+    file.write_text(json.dumps(config))
+    older = gnomon.load_predictor(tmp_path)
+    assert older.info == replace(predictor.info, text_split={})
 
 
 def test_nbytes_are_int8_rows_scales_and_biases(spec: HostSpec) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gnomon.evaluation.callback import SweepReport
 from gnomon.evaluation.figures import _range, _span, _ticks, layer_figure, sweep_figure, unit_axis
-from gnomon.evaluation.report import show_run, show_sweep, sweep_rows
+from gnomon.evaluation.report import read_sweep, show_run, show_sweep
 from gnomon.evaluation.rows import COLUMNS, merge, rows_of, settings
 from gnomon.evaluation.tables import csv_text, markdown, rich_table, short, title
 
@@ -192,9 +192,21 @@ def test_a_sweep_ends_with_one_table_and_figure(tmp_path, capsys):
     assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 5
     assert "| dejavu |" in (folder / "sweep.md").read_text()
     assert (folder / "sweep.png").read_bytes()[:4] == PNG
-    rows, missing = sweep_rows(folder)
-    assert len(rows) == 5
+    runs, missing = read_sweep(folder)
+    assert len(merge(runs)) == 5
     assert [path.name for path in missing] == ["2"]
+
+
+def test_warnings_stand_under_both_tables_of_a_sweep(tmp_path, capsys):
+    seen, spread = "the text [0, 1] was seen", "bracket spread"
+    runs = [run() | {"warnings": [seen, spread]}, run("dejavu") | {"warnings": [spread]}]
+    show_sweep(sweep(tmp_path, runs))
+    printed = " ".join(capsys.readouterr().out.split())
+    table = (tmp_path / "sweep.md").read_text()
+    for message in (f"shadow: {seen}", f"shadow, dejavu: {spread}"):
+        assert f"Warning: {message}" in printed
+        assert table.count(f"**Warning:** {message}.") == 1
+    assert table.count("Warning") == 2
 
 
 def test_an_empty_sweep_writes_nothing(tmp_path):
@@ -203,11 +215,12 @@ def test_an_empty_sweep_writes_nothing(tmp_path):
 
 
 def test_a_run_shows_its_brackets_its_layers_and_its_warning(tmp_path, capsys):
-    results = run()
+    results = run() | {"warnings": ["the text was seen", "bracket [static] left out"]}
     results["quality"]["predictor"] = {"recall": {"heads": 0.9, "neurons": 0.7}}
     show_run(results, tmp_path, "the text was seen")
     printed = capsys.readouterr().out
     assert "(oracle)" in printed
     assert "recall heads 0.900, neurons 0.700" in printed
-    assert "warning: the text was seen" in printed
+    assert printed.count("warning: the text was seen") == 1
+    assert "warning: bracket [static] left out" in printed
     assert (tmp_path / "layers.png").read_bytes()[:4] == PNG

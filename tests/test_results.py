@@ -126,6 +126,8 @@ def test_the_schema_is_a_schema_and_takes_the_contracts_example():
         ("seed", 0.5),
         ("speed.0.speedup", 0),
         ("quality.extra", {}),
+        ("warnings", "seen"),
+        ("warnings", [1]),
     ],
 )
 def test_a_wrong_field_is_named(path, value):

@@ -186,7 +186,7 @@ def test_older_format_and_damaged_manifest(folder: Path) -> None:
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(ValueError, match="has format 0, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 0, this version reads 2"):
         TraceStore.open(folder)
     file.write_text(file.read_text()[:50])
     with pytest.raises(ValueError, match="manifest.json cannot be read"):

@@ -59,16 +59,50 @@ def write(folder: Path, name: str, data: str | bytes) -> Path:
 def test_each_document_is_in_one_split(streaming: bool) -> None:
     text = Listed([f"text {i}" for i in range(200)], streaming, heldout=0.2)
     train = {d.id for d in text.documents("train")}
+    validation = {d.id for d in text.documents("validation")}
     heldout = {d.id for d in text.documents("heldout")}
-    assert not train & heldout
-    assert train | heldout == {d.id for d in text.documents("all")}
-    assert 25 <= len(heldout) <= 55
+    assert not train & heldout and not train & validation and not validation & heldout
+    assert train | validation | heldout == {d.id for d in text.documents("all")}
+    assert 10 <= len(heldout) <= 30 and 10 <= len(validation) <= 30
 
 
-def test_the_split_has_a_heldout_document_where_there_are_two() -> None:
-    text = Listed(["a" * 600, "b" * 600], heldout=0.01)
-    assert len(list(text.documents("heldout"))) == 1
-    assert len(list(text.documents("train"))) == 1
+SPLITS = ("train", "validation", "heldout")
+
+
+@pytest.mark.parametrize("heldout", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_every_split_has_a_document_where_there_are_three(count: int, heldout: float) -> None:
+    for seed in range(20):
+        text = Listed([str(i) for i in range(count)], heldout=heldout, seed=seed)
+        parts = [[d.id for d in text.documents(split)] for split in SPLITS]  # type: ignore[arg-type]
+        assert all(parts) and sorted(sum(parts, [])) == [str(i) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("split", SPLITS)
+def test_fewer_than_three_documents_cannot_be_split(count: int, split: Any) -> None:
+    text = Listed(["x"] * count)
+    with pytest.raises(ValueError, match=f"has {count} document.*give more text.*split=all"):
+        list(text.documents(split))
+    assert len(list(text.documents("all"))) == count
+    assert len(list(Listed(["x"] * count, heldout=0).documents("train"))) == count
+
+
+def test_splits_nest_when_documents_are_added() -> None:
+    few, more = ([str(i) for i in range(n)] for n in (200, 300))
+    for split in SPLITS:
+        mine = {d.id for d in Listed(few).documents(split)}  # type: ignore[arg-type]
+        assert mine < {d.id for d in Listed(more).documents(split)}  # type: ignore[arg-type]
+
+
+def test_a_filled_up_split_takes_only_from_training() -> None:
+    def ids(split: Any, texts: list[str], **settings: Any) -> set[str]:
+        return {d.id for d in Listed(texts, **settings).documents(split)}
+
+    few, many = ([str(i) for i in range(n)] for n in (12, 2000))
+    for seed in range(40):
+        for split, other in (("validation", "heldout"), ("heldout", "validation")):
+            assert not ids(split, few, seed=seed) & ids(other, many, seed=seed)
 
 
 def test_the_seed_decides_split_and_order() -> None:
@@ -145,7 +179,8 @@ class WithBos:
 )
 @pytest.mark.parametrize("split", ["all", "train"])
 def test_bos_starts_every_block(adds: bool, bos: Any, expected: bool, split: Any) -> None:
-    text = Listed(["some text " * 30, "other text " * 30], block=16, tokens=160, bos=bos)
+    texts = ["some text " * 30, "other text " * 30, "more text " * 30]
+    text = Listed(texts, block=16, tokens=160, bos=bos)
     ids = text.blocks(WithBos(adds), split).ids
     assert ids.shape == (10, 16)
     assert ids[:, 0].eq(257).all() == expected
@@ -160,8 +195,26 @@ def test_bos_asked_for_where_there_is_none(tokenizer: Any) -> None:
 def test_less_text_than_one_block(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="split 'all' has 5 tokens, less than one block"):
         Listed(["short"]).blocks(tokenizer, "all")
-    with pytest.raises(ValueError, match="split 'heldout'.*text.heldout=0"):
-        Listed(["x" * 600], heldout=0).blocks(tokenizer, "heldout")
+    with pytest.raises(ValueError, match="split 'heldout' has 1 tokens.*change text.heldout=0.1"):
+        Listed(["x"] * 9, block=8, tokens=8).blocks(tokenizer, "heldout")
+
+
+@pytest.mark.parametrize("split", ["validation", "heldout"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["listed", "streaming"])
+def test_nothing_held_out_is_said_before_anything_is_read(
+    streaming: bool, split: Any, tokenizer: Any
+) -> None:
+    def endless() -> Any:
+        for i in range(10**9):
+            assert not streaming or i == -1, "read a stream that cannot give anything"
+            yield Document(str(i), "x" * 100)
+            if i > 9:
+                return
+
+    text = Listed([], streaming, heldout=0)
+    text.read = lambda split: endless()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"split '{split}' is empty under text.heldout=0"):
+        text.blocks(tokenizer, split)
 
 
 def test_less_text_than_asked_for_is_said(tokenizer: Any, caplog: Any) -> None:
@@ -283,9 +336,11 @@ def test_wikitext_from_the_hub_uses_its_own_parts(monkeypatch: Any) -> None:
         return [{"text": line + "\n"} for line in WIKI.splitlines()]
 
     monkeypatch.setattr(hub, "rows", rows)
-    for split in ("train", "heldout", "all"):
+    for split in ("train", "validation", "heldout", "all"):
         assert "".join(d.text for d in WikiText2().documents(split)).count("title") == 2
-    assert asked == ["train", "validation", "test"]
+    assert asked == ["train", "validation", "test", "test"]
+    assert WikiText2().facts("train", "validation")["parts"] == ["train", "validation"]
+    assert WikiText2(part="test").facts("train", "heldout")["parts"] == ["test"]
     assert len(list(WikiText2(part="test", heldout=0.5).documents("train"))) < 3
     assert asked[-1] == "test"
 

@@ -49,6 +49,12 @@ def configure(folder: Path, *overrides: str) -> DictConfig:
     return cfg
 
 
+@pytest.fixture
+def raw_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors as they are raised, not the one line that a user sees (tests/test_errors.py)."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+
 def last_line(capsys: pytest.CaptureFixture[str]) -> Path:
     """The folder that main printed last."""
     return Path(capsys.readouterr().out.strip().splitlines()[-1])
@@ -79,6 +85,7 @@ def test_every_way_to_train(
     config = json.loads((folder / "config.json").read_text())
     assert folder.parent.parent == tmp_path / "predictors"
     assert config["metrics"]["rows"] > 0 and predictor.means["neurons"].gt(0).any()
+    assert config["text"]["split"].items() >= {"seed": 0, "heldout": 0.1}.items()
     assert config["text"]["digest"] and config["versions"]["torch"] == torch.__version__
     assert (config["trace_hash"] is None) == ("harvest.mode=online" in overrides)
     assert (tmp_path / "traces").exists() == ("harvest.mode=online" not in overrides)
@@ -103,6 +110,7 @@ def test_traces_serve_every_seed_and_harvest_only_stops(
     assert not torch.equal(*weights)
 
 
+@pytest.mark.usefixtures("raw_errors")
 def test_ckpt_path_last_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="nothing to go on from"):
         train.main(configure(tmp_path, *SMALL, "ckpt_path=last"))
@@ -131,6 +139,7 @@ def test_fast_dev_run_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["ckpt_path=nowhere.ckpt"], "is no file"),
     ],
 )
+@pytest.mark.usefixtures("raw_errors")
 def test_bad_input_is_refused_before_the_harvest(
     overrides: list[str], message: str, tmp_path: Path
 ) -> None:
@@ -139,6 +148,7 @@ def test_bad_input_is_refused_before_the_harvest(
     assert not (tmp_path / "traces").exists()
 
 
+@pytest.mark.usefixtures("raw_errors")
 def test_impossible_predictors_are_named_by_their_field(tmp_path: Path) -> None:
     with pytest.raises((ValueError, InstantiationException), match="leaves no layer"):
         train.main(configure(tmp_path, *SMALL, "predictor.tap.layer=7"))
@@ -196,4 +206,4 @@ def test_unknown_override_fails_cleanly(tmp_path: Path) -> None:
         text=True,
         timeout=200,
     )
-    assert done.returncode == 1 and "density.heads=2" in done.stderr
+    assert done.returncode == 2 and "density.heads=2" in done.stderr

@@ -84,6 +84,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Writes a small text file under a temporary name in its folder, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.fchmod(handle, 0o644)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -105,15 +106,14 @@ def _read(path: Path, facts: dict[str, str], blocks: int) -> Tensor | None:
 
 def _weights_digest(model: nn.Module, spec: HostSpec) -> str:
     digest = hashlib.sha256()
-    for tensor in _samples(model, spec):
+    for tensor in _samples(model):
         if tensor.is_meta:
             return f"offloaded-{spec.name}-{spec.revision}"
         digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _samples(model: nn.Module, spec: HostSpec) -> Iterable[Tensor]:
-    for layer in spec.layers:
-        for path in (layer.q, layer.down):
-            flat = weight(model, path).detach().flatten()
-            yield flat[:: max(1, flat.numel() // 256)]
+def _samples(model: nn.Module) -> Iterable[Tensor]:
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        yield flat[:: max(1, flat.numel() // 256)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from gnomon.budget import Budget
 from gnomon.evaluation.bench import Bench
+from gnomon.evaluation.results import warn
 from gnomon.evaluation.rows import BRACKETS
 from gnomon.policies import POLICIES, Policy, build_policy
-
-log = logging.getLogger(__name__)
 
 
 def measure_brackets(
@@ -39,19 +38,25 @@ def measure_brackets(
         resamples: of the bootstrap.
 
     Returns:
-        Objects ``{policy, density, quality}`` of results.json.
+        Objects ``{policy, density, quality}`` of results.json. What cannot meet the budget is left
+        out; that, and a bracket that is spread otherwise, is a warning of the run.
+
+    Raises:
+        ValueError: anything else that is wrong with a bracket.
     """
     rows = []
     for name in names:
         if name == policy.name:
             continue
         if name == "static" and means is None:
-            log.warning("No predictor of this host holds per-unit means: bracket `static` left out")
+            warn("No predictor of this host holds per-unit means: bracket `static` left out")
             continue
         try:
             rows.append(_measure(bench, policy, name, means, seed, resamples))
         except ValueError as error:
-            log.warning("Bracket `%s` left out: %s", name, error)
+            if not _is_about_budget(error):
+                raise
+            warn(f"Bracket `{name}` left out: {error}")
     return rows
 
 
@@ -89,8 +94,15 @@ def _measure(
     resamples: int,
 ) -> dict[str, Any]:
     params = {"seed": seed} if name == "random" else {}
+    takes = inspect.signature(POLICIES[name]).parameters  # dense int8 has no budget and no batch
+    batch = policy.batch if "batch" in takes else None
     budget = bracket_budget(name, policy.budget)
-    bracket = build_policy(name, budget, means, batch=policy.batch, **params)
+    if "budget" in takes and budget.spread != policy.budget.spread:
+        warn(
+            f"Bracket `{name}` does not offer budget.spread={policy.budget.spread}: it stands at "
+            f"the same density with budget.spread={budget.spread}"
+        )
+    bracket = build_policy(name, budget, means, batch=batch, **params)
     about = identity(bracket, params, means_digest(means) if name == "static" and means else "")
     measured = bench.measure(bracket, about)
     quality = bench.perplexity(measured, resamples=resamples, seed=seed)
@@ -99,6 +111,11 @@ def _measure(
         "density": measured.as_result(layers=False),
         "quality": {"texts": {bench.blocks.name: quality.as_result()}},
     }
+
+
+def _is_about_budget(error: ValueError) -> bool:
+    """Whether an error says that a budget cannot be met; by rule it begins with the field."""
+    return str(error).startswith("budget.")
 
 
 def bracket_budget(name: str, budget: Budget) -> Budget:

@@ -36,8 +36,8 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
     """Draws perplexity ratio (log) against byte density and unit density, one line per policy.
 
     Every protocol (host, text) has its own pair of panels. Brackets are dashed; points above the
-    axis stand at its top with their value. Several seeds of one setting are drawn as their geometric
-    mean with the range of all seeds; single runs carry their bootstrap interval.
+    axis stand at its top with their value. Several seeds of one setting are drawn as their
+    geometric mean with the range of all seeds; single runs carry their bootstrap interval.
 
     Args:
         rows: from :func:`gnomon.evaluation.rows.merge`; those without a ratio are left out.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from gnomon.evaluation.baseline import write_atomic
 from gnomon.evaluation.figures import layer_figure, sweep_figure
@@ -34,41 +35,53 @@ def show_run(results: Mapping[str, Any], folder: Path, warning: str | None = Non
         name = f"{results['policy']['name']} on {results['host']['name']}: kept by layer"
         path = layer_figure(layers, folder / "layers.png", name)
         out.print(f"density by layer: {path}", highlight=False, soft_wrap=True)
-    if warning:
-        out.print(f"[bold yellow]warning:[/] {warning}", soft_wrap=True)
+    for message in dict.fromkeys([*results.get("warnings", []), *([warning] if warning else [])]):
+        out.print(f"[bold yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
 
-def sweep_rows(folder: Path) -> tuple[list[Row], list[Path]]:
-    """Rows of every run below a sweep's folder, and the folders of runs without results."""
+def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Results of every run below a sweep's folder, and the folders of runs without."""
     runs, missing = [], []
     for job in sorted(path.parent for path in folder.glob("*/.hydra")):
         if (job / NAME).exists():
             runs.append(read_results(job / NAME))
         else:
             missing.append(job)
-    return merge(runs), missing
+    return runs, missing
+
+
+def sweep_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every warning of the runs once, after the policies it was given for."""
+    policies: dict[str, list[str]] = {}
+    for results in runs:
+        for message in results.get("warnings", []):
+            names = policies.setdefault(message, [])
+            name = results["policy"]["name"]
+            names += [] if name in names else [name]
+    return [f"{', '.join(names)}: {message}" for message, names in policies.items()]
 
 
 def show_sweep(folder: Path) -> list[Path]:
     """Writes ``sweep.csv``, ``sweep.md`` and ``sweep.png`` for a sweep; prints table and paths."""
     out = console()
-    rows, missing = sweep_rows(folder)
+    runs, missing = read_sweep(folder)
+    rows, warnings = merge(runs), sweep_warnings(runs)
     for job in missing:
         out.print(f"[bold yellow]warning:[/] no {NAME} in {job}: that run failed", soft_wrap=True)
     if not rows:
         return []
-    out.print(rich_table(rows))
-    written = write_sweep(rows, folder)
+    out.print(rich_table(rows, warnings))
+    written = write_sweep(rows, folder, warnings)
     for path in written:
         out.print(str(path), highlight=False, soft_wrap=True)
     return written
 
 
-def write_sweep(rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_sweep(rows: Sequence[Row], folder: Path, warnings: Sequence[str] = ()) -> list[Path]:
     """Writes the combined CSV, Markdown table and figure; returns their paths."""
     table, text = folder / "sweep.csv", folder / "sweep.md"
     write_atomic(table, csv_text(rows))
-    write_atomic(text, markdown(rows))
+    write_atomic(text, markdown(rows, warnings))
     figure = [row for row in rows if "ppl_ratio" in row]
     return [table, text, *([sweep_figure(figure, folder / "sweep.png")] if figure else [])]
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +19,9 @@ import gnomon
 from gnomon.evaluation.baseline import write_atomic
 
 NAME = "results.json"
+
+log = logging.getLogger(__name__)
+_collected: ContextVar[list[str] | None] = ContextVar("warnings of the run", default=None)
 
 
 class ResultsError(ValueError):
@@ -38,6 +45,25 @@ def validate(results: dict[str, Any], source: str = NAME) -> None:
     if errors:
         found = "; ".join(f"{e.json_path}: {e.message}" for e in errors[:3])
         raise ResultsError(f"{source} does not follow results.schema.json: {found}")
+
+
+def warn(message: str) -> None:
+    """Logs what a reader of the results must know, and records it where a run collects it."""
+    log.warning(message)
+    found = _collected.get()
+    if found is not None and message not in found:
+        found.append(message)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """The messages of every :func:`warn` inside, in order, each once."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
 
 
 def require_new(folder: Path) -> Path:

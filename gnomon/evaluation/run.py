@@ -16,7 +16,13 @@ from gnomon.env import versions
 from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench, density_result, targets
 from gnomon.evaluation.quality import Protocol
-from gnomon.evaluation.results import commit, require_new, write_results
+from gnomon.evaluation.results import (
+    collect_warnings,
+    commit,
+    require_new,
+    warn,
+    write_results,
+)
 from gnomon.evaluation.subject import (
     Found,
     Subject,
@@ -38,7 +44,10 @@ _last: dict[str, tuple[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: its results, where they lie, and what the user should know about them."""
+    """What a run leaves: its results and where they lie.
+
+    ``warning`` says that the predictor may have seen the text; it is in the results too.
+    """
 
     results: dict[str, Any]
     path: Path
@@ -83,9 +92,15 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     )
     for measure in measures:
         measure.check(bench)
-    for measure in measures:
-        measure.run(bench, subject, results)
-    return Outcome(results, write_results(results, folder), overlap(bench, found))
+    with collect_warnings() as warnings:
+        seen = overlap(bench, found)
+        if seen:
+            warn(seen)
+        for measure in measures:
+            measure.run(bench, subject, results)
+    if warnings:
+        results["warnings"] = warnings
+    return Outcome(results, write_results(results, folder), seen)
 
 
 def once(kind: str, config: Mapping[str, Any], make: Any) -> Any:
@@ -111,7 +126,7 @@ def open_bench(
     Args:
         host: config of the host (``_target_`` and arguments).
         text: config of the text, with ``batch`` (blocks per forward) and ``split``
-            (``auto``, ``train``, ``heldout`` or ``all``) beside the arguments of its class.
+            (``auto`` or one of ``Split``) beside the arguments of its class.
         protocol: ``name`` and ``prompt``.
         backend: of :func:`gnomon.sparsify`.
         cache: folder of the dense baselines.
@@ -145,7 +160,7 @@ def open_bench(
 
 def choose_split(split: str, target: str) -> str:
     """``auto``: ``heldout`` for texts that training uses (embedded, synthetic), else ``all``."""
-    known = ("auto", "train", "heldout", "all")
+    known = ("auto", "train", "validation", "heldout", "all")
     if split not in known:
         raise ValueError(f"text.split={split!r} is unknown; use one of {', '.join(known)}")
     if split != "auto":

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from gnomon.evaluation.bench import Bench
 from gnomon.evaluation.brackets import identity, means_digest
 from gnomon.host import KINDS, HostSpec
 from gnomon.policies import POLICIES, Policy, build_policy
-from gnomon.predictors.base import Predictor
+from gnomon.predictors.base import Predictor, PredictorInfo
 from gnomon.predictors.folder import find_predictor, load_predictor
+
+if TYPE_CHECKING:
+    from gnomon.data.text import Blocks
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def describe_predictor(found: Found) -> dict[str, Any]:
     info = predictor.info
     fields = ("criterion", "objective", "granularity", "text", "text_digest", "trace_hash", "seed")
     kept = {key: getattr(info, key) for key in fields if getattr(info, key, None) is not None}
+    kept |= {"text_split": info.text_split} if info.text_split else {}
     return {
         "class": predictor.name,
         "source": found.source,
@@ -150,16 +154,50 @@ def _sha256(found: Found) -> str:
 
 
 def overlap(bench: Bench, found: Found) -> str | None:
-    """A warning when the evaluated text is what the predictor was trained on."""
-    if found.predictor is None or bench.blocks.split == "heldout":
+    """A warning when the predictor saw, or may have seen, the evaluated documents.
+
+    ``heldout`` documents of the predictor's text are unseen if it split that text in the same way.
+    """
+    if found.predictor is None:
         return None
-    info = found.predictor.info
-    # WikiText-2 takes another part for training than for evaluation under one name.
-    same_name = info.text == bench.blocks.name != "wikitext2"
-    if not same_name and info.text_digest != bench.blocks.digest:
+    blocks, info = bench.blocks, found.predictor.info
+    if not _same_text(blocks, info):
         return None
+    name = f"the {found.predictor.name} predictor was trained on this text ({blocks.name})"
+    if blocks.digest == info.text_digest or blocks.split != "heldout":
+        return (
+            f"{name} and text.split={blocks.split} does not keep out the documents of its training "
+            "and validation: the quality below is flattered. Use text.split=heldout or another text"
+        )
+    theirs = info.text_split
+    if not theirs:
+        return (
+            f"{name}, but its folder does not say which documents it held out: it may have seen "
+            "some of these. Train it again, or use another text"
+        )
+    mine = blocks.source.facts(blocks.split)
+    ids_are_stable = "files" in theirs and "files" in mine  # whichever files are chosen
+    keys = ("seed", "heldout", "parts", *(() if ids_are_stable else ("fingerprint",)))
+    differing = [key for key in keys if mine.get(key) != theirs.get(key)]
+    if not differing:
+        return None
+    listed = ", ".join(f"{k} {theirs.get(k)} there and {mine.get(k)} here" for k in differing)
     return (
-        f"the predictor was trained on this text ({bench.blocks.name}) and text.split="
-        f"{bench.blocks.split} does not keep its training documents out: the quality below is "
-        "flattered. Use text.split=heldout or another text"
+        f"{name}, split otherwise ({listed}): it may have seen some of these documents. Use the "
+        "text settings it was trained with, or another text"
     )
+
+
+def _same_text(blocks: Blocks, info: PredictorInfo) -> bool:
+    """Whether text and training text may share documents: by digest, content, or name."""
+    if blocks.digest == info.text_digest:
+        return True
+    # WikiText-2's files and parts have one name, so that only its content tells.
+    if info.text != blocks.name and not info.text_split:
+        return False
+    if info.text == blocks.name != "wikitext2":
+        return True
+    mine, theirs = blocks.source.facts(blocks.split), info.text_split
+    if "parts" in mine and "parts" in theirs:
+        return bool(set(mine["parts"]) & set(theirs["parts"]))
+    return mine["fingerprint"] == theirs.get("fingerprint")

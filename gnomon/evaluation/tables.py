@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from gnomon.evaluation.rows import COLUMNS, Row, settings
 
@@ -67,9 +68,10 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     return [view[0], *((key, _number(key, "{}")) for key in differing), *view[1:]]
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
-    """The rows as a Rich table, with what they share in its title."""
-    table = Table(title=title(rows), caption=NOTE, title_style="bold", caption_justify="left")
+def rich_table(rows: Sequence[Row], warnings: Sequence[str] = ()) -> Table:
+    """The rows as a Rich table, with what they share in its title and warnings below."""
+    caption = Text("\n".join([NOTE, *(f"Warning: {message}" for message in warnings)]))
+    table = Table(title=title(rows), caption=caption, title_style="bold", caption_justify="left")
     shown = columns(rows)
     for name, _ in shown:
         table.add_column(name, justify="left" if name in _LEFT else "right")
@@ -79,13 +81,14 @@ def rich_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table under a line that says what they share."""
+def markdown(rows: Sequence[Row], warnings: Sequence[str] = ()) -> str:
+    """The rows as a Markdown table under a line that says what they share; warnings below."""
     shown = columns(rows)
     lines = [title(rows), "", _line([name for name, _ in shown])]
     lines.append(_line(["---" if name in _LEFT else "---:" for name, _ in shown]))
     lines += [_line([cell(row) for _, cell in shown]) for row in rows]
-    return "\n".join([*lines, "", NOTE + ".", ""])
+    notes = [part for message in warnings for part in ("", f"**Warning:** {message}.")]
+    return "\n".join([*lines, "", NOTE + ".", *notes, ""])
 
 
 def csv_text(rows: Sequence[Row]) -> str:

@@ -148,14 +148,18 @@ class Policy:
 
     def decide(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
         """Active set of one layer: bool, broadcastable to (B, T', N)."""
-        scores = self.scores(kind, layer, seen)
+        scores = self.combine(kind, self.scores(kind, layer, seen), seen)
+        keep = self.select(kind, layer, scores, seen)
+        grouped = kind == "heads" and self.resolved.head_unit == "group"
+        return keep.repeat_interleave(self.spec.group_size, -1) if grouped else keep
+
+    def combine(self, kind: UnitKind, scores: Tensor, seen: Seen) -> Tensor:
+        """Scores of what is chosen from: summed over live rows if shared, means of head groups."""
         if kind == "neurons" and self.batch == "shared" and scores.dim() == 3:
             scores = (scores * seen.live[..., None]).sum(0, keepdim=True)
-        grouped = kind == "heads" and self.resolved.head_unit == "group"
-        if grouped:
+        if kind == "heads" and self.resolved.head_unit == "group":
             scores = scores.unflatten(-1, (self.spec.G, self.spec.group_size)).mean(-1)
-        keep = self.select(kind, layer, scores, seen)
-        return keep.repeat_interleave(self.spec.group_size, -1) if grouped else keep
+        return scores
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
         """Turns the scores of one layer into its active set; ``spread=layer`` by default."""

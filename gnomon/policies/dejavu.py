@@ -6,11 +6,12 @@ the key and value projections (``kv=keep``); labels are the top units by any cri
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from gnomon.budget import Budget
 from gnomon.host import UnitKind
-from gnomon.policies.base import Seen
+from gnomon.kernels.topk_mask import topk_mask
+from gnomon.policies.base import KV, Batch, Refresh, Seen
 from gnomon.policies.learned import Learned
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 
@@ -26,20 +27,37 @@ class DejaVu(Learned):
     spreads = ("layer", "global", "hybrid")
     accepts = DejaVuPredictor
 
+    def __init__(
+        self,
+        predictor: DejaVuPredictor,
+        budget: Budget,
+        refresh: Refresh | None = None,
+        batch: Batch = "per_sequence",
+        kv: KV = "keep",
+    ) -> None:
+        super().__init__(predictor, budget, refresh, batch, kv)
+        if budget.spread != "layer" and (batch == "shared" or budget.head_unit == "group"):
+            raise ValueError(
+                f"policy=dejavu calibrates budget.spread={budget.spread!r} on the scores of single "
+                "units and sequences: use policy.batch=per_sequence and budget.head_unit=head, or "
+                "budget.spread=layer"
+            )
+
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
-        """Per-layer top-k, or all units above the calibrated threshold (at least one)."""
+        """Per-layer top-k, or all units above the calibrated threshold and the layer's floor."""
         if self.resolved.spread == "layer":
             return super().select(kind, layer, scores, seen)
         cut = seen.once(("cut", kind), lambda: self._threshold(kind))
-        floor = self.resolved.floor if self.resolved.spread == "hybrid" else 0.0
-        least = max(1, round(floor * scores.shape[-1]))
-        lowest = scores.topk(least, dim=-1).values[..., -1:]
-        return scores >= lowest.clamp(max=cut)
+        return (scores >= cut) | topk_mask(scores, self.least(kind))
 
     def _threshold(self, kind: UnitKind) -> float:
         """Threshold at which the decided layers keep, in the mean, what the budget leaves them."""
-        layers = self._decided(kind)
-        table = self.predictor.quantiles[kind][layers].float().cpu()  # (layers, Q) ascending
-        kept = sum(self.counts[kind][layer] for layer in layers)
-        wanted = kept / (len(layers) * self.spec.units(kind))
-        return float(torch.quantile(table.flatten(), 1 - wanted))
+        layers, n = self._decided(kind), self.spec.units(kind)
+        table = self.predictor.quantiles[kind][layers].double().cpu()  # (layers, Q) ascending
+        wanted, floor = self.kept_globally(kind) / (len(layers) * n), self.least(kind) / n
+        low, high = float(table.min()), float(table.max())
+        for _ in range(50):
+            cut = (low + high) / 2
+            kept = (table >= cut).double().mean(-1).clamp_min(floor).mean()
+            low, high = (cut, high) if kept > wanted else (low, cut)
+        return high

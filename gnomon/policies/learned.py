@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gnomon.budget import Budget
+from gnomon.budget import Budget, choices
 from gnomon.host import KINDS, Tap, UnitKind
 from gnomon.policies.base import KV, Batch, Policy, Refresh, Seen
 from gnomon.predictors.base import Predictor
@@ -72,6 +72,17 @@ class Learned(Policy):
         return seen.once(
             ("code", tap), lambda: self.predictor.encode(tap, seen.hidden(tap).to(device).float())
         )
+
+    def least(self, kind: UnitKind) -> int:
+        """Units that every decided layer keeps under ``spread=global`` and ``hybrid``."""
+        floor = self.resolved.floor if self.resolved.spread == "hybrid" else 0.0
+        return max(1, round(floor * choices(self.resolved, self.spec, kind)))
+
+    def kept_globally(self, kind: UnitKind) -> int:
+        """Units that the decided layers share when they are ranked together."""
+        n, layers = choices(self.resolved, self.spec, kind), len(self._decided(kind))
+        dense = (self.spec.L - layers) * n
+        return max(layers, round(self.resolved.target(kind) * n * self.spec.L) - dense)
 
     def _decided(self, kind: UnitKind) -> list[int]:
         return [i for i in range(self.spec.L) if self.decides(kind, i)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gnomon.host import UnitKind
+from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import Seen
 from gnomon.policies.learned import Learned
 from gnomon.predictors.shadow import Shadow as ShadowPredictor
@@ -32,22 +33,15 @@ class Shadow(Learned):
         if self.resolved.spread == "layer":
             return super().select(kind, layer, scores, seen)
         cut = seen.once(("cut", kind), lambda: self._threshold(kind, seen))
-        floor = self.resolved.floor if self.resolved.spread == "hybrid" else 0.0
-        least = max(1, round(floor * scores.shape[-1]))
-        lowest = scores.topk(least, dim=-1).values[..., -1:]
-        return scores >= cut.minimum(lowest)
+        return (scores >= cut) | topk_mask(scores, self.least(kind))
 
     def _threshold(self, kind: UnitKind, seen: Seen) -> Tensor:
-        """Score of the last unit kept when all decided layers are ranked together, (B, T', 1)."""
+        """Score of the last unit kept when all decided layers are ranked together, (B, T', 1).
+
+        The units that a layer keeps in any case are ranked first; the rest gives way to them.
+        """
         layers = self._decided(kind)
-        rows = []
-        for layer in layers:
-            row = self.scores(kind, layer, seen)
-            if kind == "neurons" and self.batch == "shared":
-                row = (row * seen.live[..., None]).sum(0, keepdim=True)
-            if kind == "heads" and self.resolved.head_unit == "group":
-                row = row.unflatten(-1, (self.spec.G, self.spec.group_size)).mean(-1)
-            rows.append(row)
-        ranked = torch.cat(rows, dim=-1)
-        kept = sum(self.counts[kind][layer] for layer in layers)
-        return ranked.topk(kept, dim=-1).values[..., -1:]
+        rows = [self.combine(kind, self.scores(kind, layer, seen), seen) for layer in layers]
+        first = [r.masked_fill(topk_mask(r, self.least(kind)), torch.inf) for r in rows]
+        kept = max(self.kept_globally(kind), len(layers) * self.least(kind))
+        return torch.cat(first, dim=-1).topk(kept, dim=-1).values[..., -1:]
