@@ -453,3 +453,12 @@ def test_sweep_writes_one_table_and_figure(tmp_path):
     assert len(list((tmp_path / "outputs" / "cache" / "dense").iterdir())) == 1
     assert len(list(folder.glob("*/results.json"))) == 4
     assert json.loads((folder / "0" / "results.json").read_text())["policy"]["name"] == "shadow"
+
+
+@pytest.mark.parametrize(("field", "value"), [("criterion", "fisher"), ("rank", 16)])
+def test_a_predictor_other_than_stated_is_refused(tmp_path, field, value):
+    folder = train_shadow(tmp_path, criterion="plainact")
+    wanted = settings(tmp_path, "shadow", policy__predictor=str(folder))
+    wanted["policy"][field] = value
+    with pytest.raises(ValueError, match=f"{field}={value!r} was asked for"):
+        run.evaluate(wanted, tmp_path / "run", "test")

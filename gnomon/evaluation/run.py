@@ -86,6 +86,8 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     )
     root, seed = settings["paths"]["predictors"], int(settings["seed"])
     found = find(policy["name"], policy.get("predictor"), root, bench.spec)
+    if found.predictor is not None:
+        found.predictor.check(criterion=policy.get("criterion"), rank=policy.get("rank"))
     subject = make_subject(policy, budget, found, find_means(found, root, bench.spec))
     results = start_results(
         bench, subject, found, policy.get("params") or {}, command=command, seed=seed
