@@ -224,3 +224,9 @@ def test_a_run_shows_its_brackets_its_layers_and_its_warning(tmp_path, capsys):
     assert printed.count("warning: the text was seen") == 1
     assert "warning: bracket [static] left out" in printed
     assert (tmp_path / "layers.png").read_bytes()[:4] == PNG
+
+
+def test_tables_say_in_which_dtype_bytes_are_counted():
+    rows = [row | {"bytes_dtype": "bfloat16"} for row in rows_of(run())]
+    assert title(rows).endswith("bytes in bfloat16")
+    assert "bytes in" not in title([rows[0], rows[1] | {"bytes_dtype": "float32"}])

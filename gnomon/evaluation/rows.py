@@ -26,6 +26,7 @@ COLUMNS = (
     "neurons",
     "byte_density",
     "predictor_byte_share",
+    "bytes_dtype",
     "tokens",
     "ppl_dense",
     "ppl_sparse",
@@ -92,6 +93,7 @@ def _rows(common: Row, density: Mapping[str, Any], quality: Mapping[str, Any]) -
     }
     generation, predictor = quality.get("generation", {}), quality.get("predictor", {})
     base |= _present({key: generation.get(key) for key in ("kl", "agreement")})
+    base |= _present({"bytes_dtype": density.get("accounting", {}).get("dtype")})
     base |= _present({key: _mean(predictor.get(key)) for key in ("recall", "mass", "spearman")})
     for name, text in quality.get("texts", {}).items():
         low, high = text.get("ppl_ratio_ci", (None, None))

@@ -112,6 +112,9 @@ def title(rows: Sequence[Row]) -> str:
         parts.append(f"dense perplexity {dense.pop()}")
     if "tokens" in shared:
         parts.append(f"{int(shared['tokens']):,} targets")
+    dtypes = {row["bytes_dtype"] for row in rows if "bytes_dtype" in row}
+    if len(dtypes) == 1:
+        parts.append(f"bytes in {dtypes.pop()}")
     return ", ".join(parts)
 
 
