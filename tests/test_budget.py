@@ -144,6 +144,13 @@ def test_predictors_are_paid_for_by_how_often_they_decide() -> None:
     at = Density(0.5, 0.5, 0.5)
     assert account(token, at).predictor_bytes == made.nbytes
     assert account(prompt, at).predictor_bytes == pytest.approx(made.nbytes / 128)
+    free = bound(Static(made, Budget(density=0.5)), model)  # the same host bytes, no predictor
+    for policy in (token, prompt):
+        paid = account(policy, at)
+        assert paid.sparse_bytes - account(free, at).sparse_bytes == pytest.approx(
+            paid.predictor_bytes
+        )
+        assert paid.byte_density == pytest.approx(paid.sparse_bytes / paid.dense_bytes)
     share = account(token, at)
     assert share.predictor_byte_share == pytest.approx(made.nbytes / share.dense_bytes)
 

@@ -1,7 +1,7 @@
 """DejaVu: one low-rank predictor per layer, deciding a configurable number of layers ahead.
 
-https://arxiv.org/abs/2310.17157. Deviations: any host, gated or not; decisions for heads never skip
-the key and value projections (``kv=keep``); labels are the top units by any criterion.
+https://arxiv.org/abs/2310.17157. Deviations: any host, gated or not; key and value projections
+are skipped only under ``kv=drop``; labels are the top units by any criterion.
 """
 
 from __future__ import annotations
