@@ -24,6 +24,8 @@ _OFFLINE = {
 }
 os.environ.update(_OFFLINE)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.path.exists("/dev/nvidiactl"):  # without a GPU, Triton kernels run in their interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import importlib.util  # noqa: E402
 import ipaddress  # noqa: E402
@@ -96,6 +98,12 @@ def network_off() -> Iterator[None]:
 def fresh_seed() -> None:
     """Every test starts from the same torch seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU (where Triton kernels are interpreted)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

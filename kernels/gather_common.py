@@ -1,0 +1,101 @@
+"""What the gathered operators share: norms and activations fused into them, and index lists.
+
+An index list (S,) or (R, S) of int32 names kept units, R being 1 or the batch B; ``count`` (1,) or
+(R,) says on the device how many of them hold. Entries past the count may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton ships for Linux only; the references need nothing
+    triton = None
+
+Norm = Literal["none", "rms", "layer"]
+NORMS = ("none", "rms", "layer")
+ACTIVATIONS = ("relu", "silu", "gelu_tanh", "gelu")
+
+
+def normalise(
+    x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The norm that precedes a projection: x (B, W) -> (B, W) fp32."""
+    x = x.float()
+    if norm == "none":
+        return x
+    assert weight is not None
+    if norm == "rms":
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        return x if bias is None else x + bias.float()
+    return F.layer_norm(
+        x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps
+    )
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ``ACTIVATIONS``, elementwise."""
+    if activation == "relu":
+        return x.relu()
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def rows_of(index: Tensor, block: int, count: Tensor | None) -> Tensor:
+    """Rows that a list names: index (..., S) -> int64 (..., S * block); 0 past the count."""
+    rows = index.long()
+    if count is not None:
+        rows = rows * (torch.arange(index.shape[-1], device=index.device) < count[..., None])
+    if index.dim() == 1 and rows.dim() == 2:
+        rows = rows[0]
+    if block == 1:
+        return rows
+    within = torch.arange(block, device=index.device)
+    return (rows[..., None] * block + within).flatten(-2)
+
+
+def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for a value that is not offered."""
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def check_list(index: Tensor | None, count: Tensor | None, batch: int) -> None:
+    """Raises ValueError for a list of the wrong type or number of rows."""
+    if index is None:
+        if count is not None:
+            raise ValueError("count is given without index: a count belongs to a list")
+        return
+    if index.dtype != torch.int32 or index.dim() not in (1, 2):
+        raise ValueError(
+            f"index is {index.dtype} of {index.dim()} dimensions; use int32 (S,), (B, S)"
+        )
+    if index.dim() == 2 and index.shape[0] not in (1, batch):
+        raise ValueError(f"index has {index.shape[0]} rows for a batch of {batch}")
+    if count is not None and count.numel() != (index.shape[0] if index.dim() == 2 else 1):
+        raise ValueError(
+            f"count holds {count.numel()} numbers for an index of {tuple(index.shape)}"
+        )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+        if ACTIVATION == "relu":
+            x = tl.maximum(x, 0.0)
+        if ACTIVATION == "silu":
+            x = x * tl.sigmoid(x)
+        if ACTIVATION == "gelu":
+            x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        if ACTIVATION == "gelu_tanh":
+            z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+            x = x * tl.sigmoid(2.0 * z)  # 0.5 (1 + tanh z), without libdevice
+        return x

@@ -1,0 +1,97 @@
+"""Column-gathered projection: reference against double precision, kernel against reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
+from tolerances import TOLERANCE, relative_rms
+
+from gnomon.kernels.column_gather import (
+    column_gather,
+    column_gather_reference,
+    column_gather_triton,
+)
+
+
+def arguments(
+    batch: int, width: int, n: int, block: int, kind: str, dtype: torch.dtype, device: Any
+) -> dict[str, Any]:
+    w, scale = weights(n, width, dtype, device)
+    index, count, held = lists(kind, n // block, batch, device)
+    slots = n // block if index is None else index.shape[-1]
+    x = torch.randn(batch, slots * block, device=device)
+    x[:, held * block :] = torch.nan
+    return {
+        "x": x,
+        "weight_t": w,
+        "index": index,
+        "block": block,
+        "count": count,
+        "scale": scale,
+        "bias": torch.randn(width, device=device),
+        "residual": torch.randn(batch, width, device=device),
+    }
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_reference_in_double_precision(kind: str, device: torch.device) -> None:
+    given = arguments(2, 40, 33, 3, kind, torch.float32, device)
+    index = torch.arange(11, device=device) if given["index"] is None else given["index"]
+    held = index.shape[-1] if given["count"] is None else int(given["count"])
+    w = given["weight_t"].double().unflatten(0, (11, 3))
+    rows = []
+    for b in range(2):
+        own = (index if index.dim() == 1 else index[b])[:held].long()
+        rows.append(given["x"][b, : held * 3].double() @ w[own].flatten(0, 1))
+    expected = torch.stack(rows) + given["bias"].double() + given["residual"].double()
+    assert relative_rms(column_gather_reference(**given), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize(("batch", "width", "n", "block"), SHAPES)
+def test_kernel_is_the_reference(
+    batch: int, width: int, n: int, block: int, kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    given = arguments(batch, width, n, block, kind, dtype, device)
+    poison(batch, width, device=device)
+    y, expected = column_gather_triton(**given), column_gather_reference(**given)
+    rounded = batch > 4 and dtype in (torch.bfloat16, torch.float16) and kind != "own"
+    assert relative_rms(y, expected) < TOLERANCE[dtype if rounded else torch.float32]
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_unselected_columns_are_not_used_and_runs_agree(batch: int, device: torch.device) -> None:
+    given = arguments(batch, 300, 66, 3, "some", torch.float32, device)
+    expected = column_gather_triton(**given)
+    kept = torch.zeros(22, dtype=torch.bool, device=device)
+    kept[given["index"].long()] = True
+    given["weight_t"][~kept.repeat_interleave(3)] = torch.nan
+    for early in (False, True, True):
+        assert torch.equal(column_gather_triton(**given, early=early), expected)
+
+
+def test_output_dtype_and_registration(device: torch.device) -> None:
+    given = arguments(2, 40, 33, 3, "counted", torch.bfloat16, device)
+    y = column_gather(**given, out_dtype=torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    assert relative_rms(y, column_gather_reference(**given)) < TOLERANCE[torch.bfloat16]
+    torch.library.opcheck(column_gather, (), arguments(1, 40, 33, 3, "some", torch.float32, device))
+
+
+def test_a_wrong_result_is_caught(device: torch.device) -> None:
+    """A missing residual, a shifted list and a count ignored do not pass."""
+    given = arguments(1, 40, 33, 3, "counted", torch.float32, device)
+    expected = column_gather_reference(**given)
+    held = int(given["count"])
+    shifted = given["index"].clone()
+    shifted[:held] = (shifted[:held] + 1) % 11
+    for wrong in (
+        given | {"residual": None},
+        given | {"index": shifted},
+        given | {"count": given["count"] - 1},
+    ):
+        assert relative_rms(column_gather_triton(**wrong), expected) > 1e-2
