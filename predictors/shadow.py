@@ -10,7 +10,7 @@ int8.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -95,6 +95,12 @@ class Shadow(Predictor):
     def score(self, kind: UnitKind, layer: int, code: Tensor) -> Tensor:
         """Scores of one layer: code (..., rank) -> (..., N)."""
         return self.outputs[kind].one(self._require_decided(kind, layer), code)
+
+    def scores_of(self, kind: UnitKind, layers: Sequence[int], code: Tensor) -> Tensor:
+        """Scores of layers in a row, in one GEMM: code (R, rank) -> (layers, R, N)."""
+        first = self._require_decided(kind, layers[0])
+        everything = self.outputs[kind].shared(code).movedim(-2, 0)
+        return everything[first : first + len(layers)]
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
         """inputs (R, 1, W) -> kind -> (R, decided layers, N); one GEMM per kind."""

@@ -6,10 +6,10 @@ are skipped only under ``kv=drop``; labels are the top units by any criterion.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnomon.budget import Budget
-from gnomon.host import UnitKind
+from gnomon.host import KINDS, HostSpec, UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import KV, Batch, Refresh, Seen
 from gnomon.policies.learned import Learned
@@ -43,12 +43,18 @@ class DejaVu(Learned):
                 "budget.spread=layer"
             )
 
+    def bind(self, model: nn.Module, spec: HostSpec | None = None) -> None:
+        """Also calibrates the thresholds: they wait for the device, which no decode step may."""
+        super().bind(model, spec)
+        sparse = [k for k in KINDS if self.resolved.target(k) < 1]
+        calibrated = sparse if self.resolved.spread != "layer" else []
+        self._cut = {kind: self._threshold(kind) for kind in calibrated}
+
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
         """Per-layer top-k, or all units above the calibrated threshold and the layer's floor."""
         if self.resolved.spread == "layer":
             return super().select(kind, layer, scores, seen)
-        cut = seen.once(("cut", kind), lambda: self._threshold(kind))
-        return (scores >= cut) | topk_mask(scores, self.least(kind))
+        return (scores >= self._cut[kind]) | topk_mask(scores, self.least(kind))
 
     def _threshold(self, kind: UnitKind) -> float:
         """Threshold at which the decided layers keep, in the mean, what the budget leaves them."""
