@@ -53,7 +53,7 @@ class HostHooks:
 
         @torch.compiler.disable
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            fn(self._rows(_hidden(args, kwargs)))
+            fn(self.rows(_hidden(args, kwargs)))
 
         target = module(self.model, _tap_path(self.spec.layers[tap.layer], tap))
         self._add(target.register_forward_pre_hook(hook, with_kwargs=True))
@@ -66,7 +66,7 @@ class HostHooks:
         @torch.compiler.disable
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             x = args[0]
-            units = self._rows(x)
+            units = self.rows(x)
             if kind == "heads":
                 units = units.unflatten(-1, (spec.H, spec.d))
             out = fn(units)
@@ -99,7 +99,8 @@ class HostHooks:
         hidden = _hidden(args, kwargs)
         self._shape = (hidden.shape[0], hidden.shape[1])
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
+        """Hidden states of the running forward as (B, T, W), also where a host flattens them."""
         return x if x.dim() == 3 else x.reshape(*self._shape, x.shape[-1])
 
 

@@ -289,7 +289,7 @@ def _tiles(rows: int, weight: Tensor, batch: int, device: torch.device) -> tuple
     (Llama-2-7B gate and up, bf16); smaller blocks leave too few bytes in flight.
     """
     width = power_of_two(weight.shape[1])
-    tile = max(1, min(8, 16384 // (width * max(2, weight.element_size()) * min(batch, 2))))
+    tile = max(1, min(32, 16384 // (width * max(2, weight.element_size()) * min(batch, 2))))
     warps = 16 if width > 8192 else 8
     return tile, max(1, min(-(-rows // tile), 2 * processors(device))), warps
 

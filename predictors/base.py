@@ -100,8 +100,8 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     def scores_of(self, kind: UnitKind, layers: Sequence[int], code: Tensor) -> Tensor:
-        """Scores of several layers that one tap decides: code (R, C) -> (layers, R, N)."""
-        return torch.stack([self.score(kind, layer, code) for layer in layers])
+        """Scores of several layers that one tap decides: code (R, C) -> (R, layers, N)."""
+        return torch.stack([self.score(kind, layer, code) for layer in layers], dim=1)
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
         """Scores of the decided layers: inputs (R, n_taps, W) -> kind -> (R, decided layers, N)."""

@@ -97,10 +97,10 @@ class Shadow(Predictor):
         return self.outputs[kind].one(self._require_decided(kind, layer), code)
 
     def scores_of(self, kind: UnitKind, layers: Sequence[int], code: Tensor) -> Tensor:
-        """Scores of layers in a row, in one GEMM: code (R, rank) -> (layers, R, N)."""
-        first = self._require_decided(kind, layers[0])
-        everything = self.outputs[kind].shared(code).movedim(-2, 0)
-        return everything[first : first + len(layers)]
+        """Scores of several layers, in one GEMM: code (R, rank) -> (R, layers, N)."""
+        own = [self._require_decided(kind, layer) for layer in layers]
+        scores = self.outputs[kind].shared(code)
+        return scores if len(own) == scores.shape[1] else scores[:, own]
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
         """inputs (R, 1, W) -> kind -> (R, decided layers, N); one GEMM per kind."""

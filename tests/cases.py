@@ -61,3 +61,4 @@ POLICIES: dict[str, Make] = {
 }
 TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n != "static"]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
+BACKENDS = ["mask", "torch", "triton"]

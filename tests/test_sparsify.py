@@ -1,4 +1,4 @@
-"""Rules of truth of the mask backend: identity, the mask bites, causality, honest decisions."""
+"""Rules of truth of every backend: identity, the mask bites, causality, honest decisions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gnomon
-from cases import FAMILIES, POLICIES, TOKEN_POLICIES, predictor
+from cases import BACKENDS, FAMILIES, POLICIES, TOKEN_POLICIES, predictor
 from gnomon.budget import Budget
 from gnomon.host import KINDS, describe
 from gnomon.kernels.topk_mask import topk_mask
@@ -38,16 +38,32 @@ def settings(name: str) -> dict:
     return {"protocol": "decode", "prompt_length": 5} if "prompt" in name else {"protocol": "all"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", POLICIES)
-def test_density_one_is_bit_identical_and_exit_leaves_no_trace(name: str, family: str) -> None:
+def backends_of(name: str) -> list[str]:
+    return BACKENDS[:1] if name == "oracle" else BACKENDS
+
+
+# Every policy on every family, and every policy on every backend; pairwise between the two.
+IDENTITY = [
+    (name, family, backend)
+    for i, name in enumerate(POLICIES)
+    for j, family in enumerate(FAMILIES)
+    for k, backend in enumerate(backends_of(name))
+    if backend == "mask" or (i + j) % len(BACKENDS) == k
+]
+
+
+@pytest.mark.parametrize(("name", "family", "backend"), IDENTITY)
+def test_density_one_is_bit_identical_and_exit_leaves_no_trace(
+    name: str, family: str, backend: str
+) -> None:
     model, _ = tiny_host(family)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ids = ids_of()
     dense = model(ids).logits
-    full, _ = run(model, POLICIES[name](model, Budget(density=1.0)), ids, **settings(name))
+    how = settings(name) | {"backend": backend}
+    full, _ = run(model, POLICIES[name](model, Budget(density=1.0)), ids, **how)
     assert torch.equal(full, dense)
-    sparse, taken = run(model, POLICIES[name](model, HALF), ids, **settings(name))
+    sparse, taken = run(model, POLICIES[name](model, HALF), ids, **how)
     assert taken and not torch.equal(sparse, dense)
     assert torch.equal(model(ids).logits, dense)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -64,35 +80,37 @@ def delete_units(model, keep: dict) -> None:
             model.get_submodule(path).weight[:, ~columns] = 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_mask_bites_like_deleted_weights(family: str) -> None:
+def test_the_mask_bites_like_deleted_weights(family: str, backend: str) -> None:
     model, _ = tiny_host(family)
     spec = describe(model)
     means = {k: torch.rand(spec.L, spec.units(k)) for k in KINDS}
     ids = ids_of()
-    masked, taken = run(model, Static(means, HALF), ids)
+    masked, taken = run(model, Static(means, HALF), ids, backend=backend)
     deleted = copy.deepcopy(model)
     delete_units(deleted, {key: keep[0, 0] for key, keep in taken.items()})
     torch.testing.assert_close(masked, deleted(ids).logits, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(masked, model(ids).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_skipped_units_feel_nothing_even_nan(kind: str) -> None:
+def test_skipped_units_feel_nothing_even_nan(kind: str, backend: str) -> None:
     """Everything that makes an unselected unit may become NaN after the decision."""
     model, _ = tiny_host("llama")
     spec = describe(model)
     means = {k: torch.rand(spec.L, spec.units(k)) for k in KINDS}
     budget = Budget(heads=0.5) if kind == "heads" else Budget(neurons=0.5)
     ids = ids_of()
-    clean, taken = run(model, Static(means, budget), ids)
+    clean, taken = run(model, Static(means, budget), ids, backend=backend)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         for (_, layer), keep in taken.items():
             path = spec.layers[layer].q if kind == "heads" else spec.layers[layer].up
             rows = keep[0, 0].repeat_interleave(spec.d) if kind == "heads" else keep[0, 0]
             broken.get_submodule(path).weight[~rows] = torch.nan
-    poisoned, _ = run(broken, Static(means, budget), ids)
+    poisoned, _ = run(broken, Static(means, budget), ids, backend=backend)
     assert torch.equal(clean, poisoned)
 
 
@@ -138,11 +156,14 @@ def test_other_sequences_do_not_matter_unless_shared() -> None:
     assert not bool((shared["heads", 1] == shared["heads", 1][:1]).all())
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_achieved_density_meets_the_budget(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"), [(name, backend) for name in POLICIES for backend in backends_of(name)]
+)
+def test_achieved_density_meets_the_budget(name: str, backend: str) -> None:
     model, _ = tiny_host("llama", num_hidden_layers=4)
     policy = POLICIES[name](model, Budget(heads=0.75, neurons=0.5))
-    with torch.no_grad(), gnomon.sparsify(model, policy, **settings(name)) as session:
+    how = settings(name) | {"backend": backend}
+    with torch.no_grad(), gnomon.sparsify(model, policy, **how) as session:
         model(ids_of())
     density = session.density()
     assert density.neurons == pytest.approx(0.5, abs=0.01)
@@ -230,11 +251,12 @@ def test_oracle_captures_most_magnitude_and_random_least() -> None:
     assert oracle < 0.8 * random
 
 
-def test_random_does_not_depend_on_how_the_text_is_run() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_does_not_depend_on_how_the_text_is_run(backend: str) -> None:
     model, _ = tiny_host("llama")
-    ids = ids_of(rows=1)
+    ids = ids_of(rows=1, length=12 if backend != "triton" else 5)
     whole = run(model, Random(HALF), ids)[0]
-    with torch.no_grad(), gnomon.sparsify(model, Random(HALF), protocol="all"):
+    with torch.no_grad(), gnomon.sparsify(model, Random(HALF), backend, protocol="all"):
         cache, steps = None, []
         for t in range(ids.shape[1]):
             out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)

@@ -126,8 +126,7 @@ class Bench:
             )
             density = session.density()
         accounting = account(policy, density, dtype=self.bytes_dtype)
-        backend = "mask" if self.backend == "auto" else self.backend
-        return Measured(nll, density, accounting, targets(policy), backend)
+        return Measured(nll, density, accounting, targets(policy), session.backend)
 
     @contextmanager
     def _bar(self, name: str) -> Iterator[Callable[[int], object]]:

@@ -56,7 +56,7 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
         _pair(pair[0], pair[1], part, name)
     _legends(figure, list(_lines(rows)))
     figure.suptitle(title(rows), fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _pair(left: Axes, right: Axes, rows: Sequence[Row], name: str) -> None:
@@ -79,7 +79,7 @@ def _legends(figure: Figure, names: list[str]) -> None:
     """One legend below all panels."""
     columns = min(5, len(names))
     figure.legend(
-        [Line2D([], [], **_style(name, names)) for name in names],
+        [Line2D([], [], **style(name, names)) for name in names],
         [_legend(name) for name in names],
         loc="outside lower center",
         ncols=columns,
@@ -111,7 +111,7 @@ def layer_figure(per_layer: Mapping[str, Sequence[float]], path: Path, name: str
     axes.set_xlabel("layer")
     axes.set_title(name, fontsize=10)
     figure.colorbar(image, ax=axes, label="kept", ticks=[0, 0.5, 1], pad=0.01)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def unit_axis(rows: Sequence[Row]) -> tuple[str, str]:
@@ -194,12 +194,12 @@ def _draw(
         places.append((float(np.mean([row[key] for row in rows])), ratio, _whisker(rows)))
     places.sort()
     x, y = [place[0] for place in places], [place[1] for place in places]
-    style = _style(name, names)
-    colour = style["color"]
-    axes.plot(x, y, label=name, zorder=3, **style)
+    look = style(name, names)
+    colour = look["color"]
+    axes.plot(x, y, label=name, zorder=3, **look)
     for at, value, (low, top) in places:
         if value > high:
-            axes.plot([at], [high], color=colour, marker=style["marker"], clip_on=False)
+            axes.plot([at], [high], color=colour, marker=look["marker"], clip_on=False)
             lift = 7 + 10 * _variant(name, names)
             _note(axes, f"↑ {short(value)}", (at, high), (0, lift), colour, ha="center")
         elif top > low:
@@ -238,7 +238,7 @@ def _whisker(rows: list[Row]) -> tuple[float, float]:
     return rows[0].get("ci_low", 1.0), rows[0].get("ci_high", 1.0)
 
 
-def _style(name: str, names: list[str]) -> dict[str, Any]:
+def style(name: str, names: list[str]) -> dict[str, Any]:
     """Colour and marker tell the policy, an open marker and thinner line its second variant."""
     policy = name.split(",")[0]
     if policy in _BRACKETS:
@@ -314,7 +314,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return kept
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Writes a PNG under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")

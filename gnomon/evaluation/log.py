@@ -22,6 +22,7 @@ _LOGGED = (
     "kl",
     "agreement",
 )
+_TIMED = ("ms_dense", "ms_sparse", "ms_hf", "speedup", "speedup_ideal", "ttft_ms", "peak_bytes")
 
 
 def log_run(logger: Logger, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
@@ -44,9 +45,12 @@ def log_run(logger: Logger, settings: Mapping[str, Any], results: Mapping[str, A
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """``eval/<what>`` of the policy and ``bracket/<policy>/<what>`` of its brackets; first text."""
+    """``eval/<what>`` of the policy, ``bracket/<policy>/<what>`` and ``speed/<place>/<what>``."""
     found: dict[str, float] = {}
     for row in reversed(rows_of(results)):
         prefix = f"bracket/{row['policy']}" if row.get("bracket") else "eval"
         found |= {f"{prefix}/{key}": row[key] for key in _LOGGED if key in row}
+    for row in results.get("speed", []):
+        prefix = f"speed/batch{row['batch']}-context{row['context']}"
+        found |= {f"{prefix}/{key}": row[key] for key in _TIMED if key in row}
     return found

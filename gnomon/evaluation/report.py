@@ -13,6 +13,14 @@ from gnomon.evaluation.baseline import write_atomic
 from gnomon.evaluation.figures import layer_figure, sweep_figure
 from gnomon.evaluation.results import NAME, read_results
 from gnomon.evaluation.rows import Row, merge, rows_of
+from gnomon.evaluation.speed_tables import (
+    csv_speed,
+    markdown_speed,
+    merge_speed,
+    rich_speed,
+    speed_figure,
+    speed_rows,
+)
 from gnomon.evaluation.tables import csv_text, markdown, rich_table
 
 
@@ -26,7 +34,11 @@ def show_run(results: Mapping[str, Any], folder: Path, warning: str | None = Non
     """Prints a run's table with its brackets, and draws the density of its layers."""
     out = console()
     rows = rows_of(results)
-    out.print(rich_table(rows))
+    if "quality" in results or "speed" not in results:
+        out.print(rich_table(rows))
+    speed = speed_rows(results)
+    if speed:
+        out.print(rich_speed(speed))
     predictor = results.get("quality", {}).get("predictor")
     if predictor:
         out.print(f"predictor on held-out text: {_metrics(predictor)}", highlight=False)
@@ -62,7 +74,7 @@ def sweep_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def show_sweep(folder: Path) -> list[Path]:
-    """Writes ``sweep.csv``, ``sweep.md`` and ``sweep.png`` for a sweep; prints table and paths."""
+    """Writes ``sweep.*``, and ``speed.*`` where timed, for a sweep; prints tables and paths."""
     out = console()
     runs, missing = read_sweep(folder)
     rows, warnings = merge(runs), sweep_warnings(runs)
@@ -70,8 +82,12 @@ def show_sweep(folder: Path) -> list[Path]:
         out.print(f"[bold yellow]warning:[/] no {NAME} in {job}: that run failed", soft_wrap=True)
     if not rows:
         return []
-    out.print(rich_table(rows, warnings))
-    written = write_sweep(rows, folder, warnings)
+    speed = merge_speed(runs)
+    if any("quality" in results for results in runs) or not speed:
+        out.print(rich_table(rows, warnings))
+    if speed:
+        out.print(rich_speed(speed))
+    written = [*write_sweep(rows, folder, warnings), *(write_speed(speed, folder) if speed else [])]
     for path in written:
         out.print(str(path), highlight=False, soft_wrap=True)
     return written
@@ -84,6 +100,14 @@ def write_sweep(rows: Sequence[Row], folder: Path, warnings: Sequence[str] = ())
     write_atomic(text, markdown(rows, warnings))
     figure = [row for row in rows if "ppl_ratio" in row]
     return [table, text, *([sweep_figure(figure, folder / "sweep.png")] if figure else [])]
+
+
+def write_speed(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes the speed rows of a sweep as CSV, Markdown and a figure; returns their paths."""
+    table, text = folder / "speed.csv", folder / "speed.md"
+    write_atomic(table, csv_speed(rows))
+    write_atomic(text, markdown_speed(rows))
+    return [table, text, speed_figure(rows, folder / "speed.png")]
 
 
 def _metrics(predictor: Mapping[str, Any]) -> str:

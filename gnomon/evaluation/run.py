@@ -34,6 +34,7 @@ from gnomon.evaluation.subject import (
     require_policy,
 )
 from gnomon.host import describe
+from gnomon.runtime.backends import choose_backend
 
 if TYPE_CHECKING:
     from gnomon.data.text import Text
@@ -207,7 +208,7 @@ def start_results(
             "device": bench.key["device"],
         },
         "policy": about,
-        "backend": "mask" if bench.backend == "auto" else bench.backend,
+        "backend": choose_backend(bench.backend, bench.model, policy),
         "protocol": {"name": bench.protocol.name, "block": bench.block, "batch": bench.batch}
         | ({"prompt": prompt} if prompt else {}),
         "density": density_result(targets(policy), aimed, accounting, layers=False),

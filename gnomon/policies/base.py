@@ -146,6 +146,15 @@ class Policy:
         """Whether nothing is skipped in this layer."""
         return self.resolved.target(kind) == 1 or not self.decides(kind, layer)
 
+    def kept(self, kind: UnitKind, layer: int) -> int | None:
+        """Units that every decision of a layer keeps; None where the number varies by decision."""
+        if self.keeps_all(kind, layer):
+            return self.spec.units(kind)
+        if self.resolved.spread != "layer":
+            return None
+        grouped = kind == "heads" and self.resolved.head_unit == "group"
+        return self.counts[kind][layer] * (self.spec.group_size if grouped else 1)
+
     def decide(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
         """Active set of one layer: bool, broadcastable to (B, T', N)."""
         scores = self.combine(kind, self.scores(kind, layer, seen), seen)

@@ -37,6 +37,8 @@ class Step:
     @property
     def start(self) -> int | None:
         """First column that is sparse in any row; None if the forward is dense."""
+        if self.single:  # every row is sparse: nothing to ask the device
+            return 0
         columns = self.sparse.any(0).nonzero()
         return int(columns[0]) if len(columns) else None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy, Seen
 from gnomon.runtime.counts import Counts
+from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
+from gnomon.runtime.prompts import PromptDecisions
 
+T = TypeVar("T")
 Decision = Callable[[UnitKind, int, Tensor, Step], None]
 
 
@@ -27,6 +30,9 @@ class Session:
         on_decision: called with (kind, layer, active set (B, T', N) at the sparse columns, step)
             for every decision; for tests, recorders and agreement checks.
         step: positions of the forward that is running or ran last.
+        start: its first sparse column; None while it is dense.
+        gathers: whether its sparse columns are gathered; else they are masked.
+        backend: ``mask``, ``torch`` or ``triton``.
     """
 
     def __init__(
@@ -36,32 +42,69 @@ class Session:
         policy: Policy,
         protocol: str,
         prompt_length: int | Tensor | None,
+        backend: str = "mask",
     ) -> None:
         self.spec, self.policy = spec, policy
         self.protocol, self.prompt_length = protocol, prompt_length
         self.on_decision: Decision | None = None
         self.step: Step | None = None
+        self.start: int | None = None
+        self.backend, self.gathers = backend, False
+        self._gathered = None if backend == "mask" else Gathered(self, model, backend)
+        self._taps = frozenset(policy.taps())
+        self._for_all: dict[Any, Any] = {}
         self._counts = Counts(spec)
-        self._prompts = _PromptDecisions()
+        self._prompts = PromptDecisions()
         self._finished: Tensor | None = None
         self._stop = _stop_tokens(model)
         self.hooks = HostHooks(model, spec)
         self.hooks.on_forward(self._start)
         self.hooks.on_cache(self._prompts.keep)
-        for tap in policy.taps():
-            self.hooks.on_tap(tap, partial(self._see, tap))
         for kind in KINDS:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
+        for tap in policy.taps():  # after the masks: a context is read without its skipped heads
+            self.hooks.on_tap(tap, partial(self._see, tap))
 
     def density(self) -> Density:
         """Achieved densities over all sparse positions so far (padding excluded)."""
         return self._counts.density()
 
+    def replaced(self) -> AbstractContextManager[None]:
+        """Inside, the host's linears gather; nothing is replaced under ``mask``."""
+        return nullcontext() if self._gathered is None else self._gathered.replaced()
+
+    def kept(self, kind: UnitKind, layer: int) -> Kept | None:
+        """What one layer keeps of the running forward's sparse columns; None where it is dense."""
+        if not self.gathers or self.policy.keeps_all(kind, layer):
+            return None
+        return self.once(("kept", kind, layer), lambda: self._kept(kind, layer))
+
+    def meet(self, tap: Tap, hidden: Tensor) -> None:
+        """A hidden state that a policy may ask for before the tap's own module runs."""
+        if tap in self._taps and tap not in self._hidden:
+            self._see(tap, self.hooks.rows(hidden))
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()`` the first time in the running forward, the same value afterwards."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def fixed(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()`` the first time that this fixed decision is used, the same value afterwards."""
+        if self.policy.refresh == "prompt":
+            return self._prompts.once(key, make)
+        if key not in self._for_all:
+            self._for_all[key] = make()
+        return self._for_all[key]
+
     def _start(self, args: dict[str, Any]) -> None:
         """Before every forward of the host: where it is sparse, and whose prompt it holds."""
         step = read_step(args, self.protocol, self.prompt_length)
-        self.step, self._from = step, step.start
+        self.step, self.start = step, step.start
+        self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
+        self.gathers = self._gathered is not None and self._can_gather(step)
         self._hidden: dict[Tap, Tensor] = {}
         self._memo: dict[Any, Any] = {}
         self._live = step.live & ~self._finish(args, step)[:, None]
@@ -86,7 +129,7 @@ class Session:
         """Multiplies the skipped units of one layer by zero at the sparse positions."""
 
         def mask(units: Tensor) -> Tensor | None:
-            step, start = self.step, self._from
+            step, start = self.step, self.start
             assert step is not None
             if start is None:
                 return None
@@ -94,11 +137,14 @@ class Session:
             if self.policy.keeps_all(kind, layer):
                 self._counts.add_full(kind, layer, sparse)
                 return None
-            keep = self._decide(kind, layer, units, start).to(units.device)
-            keep = keep.expand(*sparse.shape, -1)
-            if self.on_decision is not None:
-                self.on_decision(kind, layer, keep, step)
-            self._counts.add(kind, layer, keep, sparse)
+            if self.gathers:
+                if kind == "neurons" or Tap(layer, "attn_context") not in self._taps:
+                    return None
+                kept = self.kept(kind, layer)
+                assert kept is not None
+                keep = kept.keep[:, None]
+            else:
+                keep = self._noted(kind, layer, units, sparse)
             keep = keep | ~sparse[..., None]
             if kind == "heads":
                 keep = keep[..., None]
@@ -107,19 +153,53 @@ class Session:
 
         return mask
 
-    def _decide(self, kind: UnitKind, layer: int, units: Tensor, start: int) -> Tensor:
+    def _noted(self, kind: UnitKind, layer: int, units: Tensor | None, sparse: Tensor) -> Tensor:
+        """The active set of the sparse columns, (B, T', N); counted and reported."""
+        step, start = self.step, self.start
+        assert step is not None and start is not None
+        keep = self._decide(kind, layer, units, start).to(sparse.device)
+        keep = keep.expand(*sparse.shape, -1)
+        if self.on_decision is not None:
+            self.on_decision(kind, layer, keep, step)
+        self._counts.add(kind, layer, keep, sparse)
+        return keep
+
+    def _can_gather(self, step: Step) -> bool:
+        """One sparse token per row, or a decision for all rows that small weights are made of."""
+        if self.start is None or torch.is_grad_enabled():
+            return False
+        rows, columns = step.sparse.shape
+        one_set = self.policy.refresh == "static" or rows == 1
+        if columns - self.start > 1 and not (self._is_fixed and one_set):
+            return False
+        return step.single or bool(step.sparse[:, self.start :].all())
+
+    @property
+    def _is_fixed(self) -> bool:
+        return self.policy.refresh == "static" or (self.policy.refresh == "prompt" and self._cached)
+
+    def _kept(self, kind: UnitKind, layer: int) -> Kept:
+        step, start = self.step, self.start
+        assert step is not None and start is not None
+        keep = self._noted(kind, layer, None, step.sparse[:, start:])
+        shared = self.policy.refresh == "static" or keep.shape[0] == 1 or keep.stride(0) == 0
+        keep = keep[: 1 if shared else None, 0]
+        return Kept(keep, self.policy.kept(kind, layer), self._is_fixed and shared)
+
+    def _decide(self, kind: UnitKind, layer: int, units: Tensor | None, start: int) -> Tensor:
         step = self.step
         assert step is not None
         if self.policy.refresh == "prompt":
             return self._prompts.decision(
                 kind, layer, lambda: self._decide_prompt(kind, layer, step)
             )
+        own = None if units is None or not self.policy.needs_units else units[:, start:].detach()
         seen = Seen(
             hidden=lambda tap: self._hidden[tap][:, start:],
             positions=step.positions[:, start:],
             live=self._live[:, start:],
             memo=self._memo,
-            units=units[:, start:].detach() if self.policy.needs_units else None,
+            units=own,
         )
         return self.policy.decide(kind, layer, seen)
 
@@ -141,43 +221,6 @@ class Session:
         return self.policy.decide(
             kind, layer, Seen(hidden, positions, self._live[rows, at][:, None], self._memo)
         )
-
-
-class _PromptDecisions:
-    """Active sets that hold for a whole sequence, kept beside its key/value cache."""
-
-    def __init__(self) -> None:
-        self._by_cache: WeakKeyDictionary[Any, dict[tuple[UnitKind, int], Tensor]] = (
-            WeakKeyDictionary()
-        )
-        self._current: dict[tuple[UnitKind, int], Tensor] = {}
-        self._open = False
-
-    def start(self, cache: Any, step: Step) -> None:
-        """A forward begins: with the prompt's boundary in it, or on a cache decided before."""
-        self._rows = step.live.shape[0]
-        self._open = step.decide_at is not None or cache is None or cache not in self._by_cache
-        self._current = {} if self._open else self._by_cache[cache]
-        if self._open and cache is not None:
-            self._by_cache[cache] = self._current
-
-    def keep(self, cache: Any) -> None:
-        """A forward that began without a cache has made one."""
-        if cache is not None and cache not in self._by_cache:
-            self._by_cache[cache] = self._current
-
-    def decision(self, kind: UnitKind, layer: int, make: Callable[[], Tensor]) -> Tensor:
-        """The sequence's active set (B, 1, N), made at its prompt."""
-        key = (kind, layer)
-        if key not in self._current:
-            self._current[key] = make()
-        keep = self._current[key]
-        if keep.shape[0] not in (1, self._rows):
-            raise ValueError(
-                f"the cache was decided for {keep.shape[0]} sequences and now holds {self._rows}: "
-                "start it again inside sparsify"
-            )
-        return keep
 
 
 def _stop_tokens(model: nn.Module) -> list[int]:

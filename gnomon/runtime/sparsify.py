@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
 from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from gnomon.host import describe
 from gnomon.policies.base import Policy
+from gnomon.runtime.backends import check_backend, choose_backend
 from gnomon.runtime.positions import check_protocol
 from gnomon.runtime.session import Session
 
-Backend = Literal["auto", "mask"]
 _active: WeakSet[nn.Module] = WeakSet()
 
 
@@ -31,8 +30,10 @@ def sparsify(
     Args:
         model: a causal LM that :func:`gnomon.describe` understands; restored on exit.
         policy: decides the active units.
-        backend: ``mask`` multiplies skipped units by zero and is the reference; ``auto`` takes the
-            fastest that is available, at present ``mask``.
+        backend: ``mask`` multiplies skipped units by zero and is the reference; ``torch`` and
+            ``triton`` read the weights of kept units alone, where every row has one sparse token
+            or the decision is fixed (:mod:`gnomon.runtime.gathered`); ``auto`` takes the fastest
+            that can run the policy here (:func:`gnomon.runtime.backends.choose_backend`).
         protocol: ``decode`` (positions from P-1 on are sparse) or ``all`` (every position is).
         prompt_length: P for forwards without a cache, one for all rows or (B,).
 
@@ -40,13 +41,10 @@ def sparsify(
         The session: achieved densities, and a hook for every decision.
 
     Raises:
-        ValueError: unknown backend or protocol; a policy that does not fit the host or protocol; a
-            model that is sparsified already.
+        ValueError: unknown backend or protocol; a backend that cannot run the policy; a policy that
+            does not fit the host or protocol; a model that is sparsified already.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(
-            f"backend={backend!r} is not available: use {', '.join(get_args(Backend))}"
-        )
+    check_backend(backend)
     check_protocol(protocol)
     if protocol == "all" and policy.refresh == "prompt":
         raise ValueError(
@@ -59,10 +57,12 @@ def sparsify(
         )
     spec = describe(model)
     policy.bind(model, spec)
-    session = Session(model, spec, policy, protocol, prompt_length)
+    chosen = choose_backend(backend, model, policy)
+    session = Session(model, spec, policy, protocol, prompt_length, chosen)
     with ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
         stack.enter_context(policy.transform(model))
+        stack.enter_context(session.replaced())
         stack.enter_context(session.hooks)
         yield session

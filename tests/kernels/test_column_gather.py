@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
-from tolerances import TOLERANCE, relative_rms
 
+from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
 from gnomon.kernels.column_gather import (
     column_gather,
     column_gather_reference,
     column_gather_triton,
 )
+from tolerances import TOLERANCE, relative_rms
 
 
 def arguments(

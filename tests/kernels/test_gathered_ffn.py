@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
-from tolerances import TOLERANCE, relative_rms
 from torch.nn import functional as F
 
+from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
 from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_reference, ffn_up_triton, gathered_ffn
+from tolerances import TOLERANCE, relative_rms
 
 ACTIVATIONS = {
     "relu": F.relu,

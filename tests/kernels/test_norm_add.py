@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import TOLERANCE, relative_rms
 
 from gnomon.kernels.norm_add import norm_add, norm_add_reference, norm_add_triton
+from tolerances import TOLERANCE, relative_rms
 
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])

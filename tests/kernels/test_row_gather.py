@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
-from tolerances import TOLERANCE, relative_rms
 
+from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
 from gnomon.kernels.row_gather import row_gather, row_gather_reference, row_gather_triton
+from tolerances import TOLERANCE, relative_rms
 
 
 def arguments(

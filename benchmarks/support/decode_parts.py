@@ -1,0 +1,106 @@
+"""What a decode benchmark is made of: a random host, its policies, and random caches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shapes import random_host
+from torch import Tensor
+
+import gnomon
+from gnomon.budget import Budget
+from gnomon.engine.cache import Cache
+from gnomon.engine.engine import Engine
+from gnomon.evaluation.decoding import Cell
+from gnomon.host import KINDS, HostSpec
+from gnomon.policies import DejaVu, DenseInt8, Policy, Random, Shadow, Static
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
+from gnomon.predictors.shadow import Shadow as ShadowPredictor
+
+
+@dataclass
+class Bench:
+    """One host and what its rows share."""
+
+    cfg: Any
+    shape: str
+    model: Any
+    spec: HostSpec
+    _made: dict[str, Predictor]
+
+    @classmethod
+    def build(cls, cfg: Any, shape: str, device: torch.device) -> Bench:
+        """Builds the host on the device."""
+        model = random_host(shape, dtype=cfg.dtype, device=device, seed=cfg.seed)
+        return cls(cfg, shape, model, gnomon.describe(model), {})
+
+    def shadow(self) -> Predictor:
+        """A random shadow predictor, int8 as at inference."""
+        sizes = {"hidden": self.cfg.hidden, "rank": self.cfg.rank}
+        return self._once("shadow", lambda: ShadowPredictor.for_host(self.spec, **sizes))
+
+    def dejavu(self) -> Predictor:
+        """Random predictors of every layer, int8."""
+        rank = self.cfg.rank
+        return self._once("dejavu", lambda: DejaVuPredictor.for_host(self.spec, rank=rank))
+
+    def means(self) -> dict[str, Tensor]:
+        """Random means: which units a static policy keeps."""
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        sizes = {kind: (self.spec.L, self.spec.units(kind)) for kind in KINDS}
+        return {kind: torch.rand(size, generator=generator) for kind, size in sizes.items()}
+
+    def _once(self, name: str, make: Callable[[], Predictor]) -> Predictor:
+        if name not in self._made:
+            torch.manual_seed(self.cfg.seed)
+            with self.model.device:
+                self._made[name] = make().quantize()
+        return self._made[name]
+
+
+class RandomCache:
+    """Begins sequences on random keys and values that both engines share, instead of a prompt.
+
+    The caches of 24 sequences of 4 k tokens of Llama-2-7B alone are 50 GB: with the prompt's own
+    and one for each engine no GPU holds them. Time and bytes of a step are the same. Only for
+    decisions that are made at every token.
+    """
+
+    def __init__(self, bench: Bench, cell: Cell) -> None:
+        model, spec = bench.model, bench.spec
+        self._cache = Cache(spec, cell.batch, cell.room, model.dtype, model.device)
+        for tensor in (*self._cache.keys, *self._cache.values):
+            tensor.normal_()
+
+    def __call__(self, engine: Engine, ids: Tensor) -> None:
+        """As if the prompts (B, P) were run but for their last token; then one step."""
+        if engine.policy is not None and engine.policy.refresh != "token":
+            raise ValueError(
+                f"cache=random has no prompt that refresh={engine.policy.refresh} could decide "
+                "from: use cache=prompt"
+            )
+        if engine._cache is None:
+            engine._cache = copy.copy(self._cache)
+            engine._cache.position = self._cache.position.clone()
+        engine._cache.position.fill_(ids.shape[1] - 1)
+        engine._loop.start(ids[:, -1])
+        engine._used, engine._written = ids.shape[1] - 1, 0
+        engine.step()
+
+
+Make = Callable[["Bench", Budget], Policy]
+POLICIES: dict[str, Make] = {
+    "shadow": lambda b, k: Shadow(b.shadow(), k, "token", b.cfg.policy_batch),
+    "dejavu": lambda b, k: DejaVu(b.dejavu(), k, "token", b.cfg.policy_batch),
+    "prompt": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch, "drop"),
+    "prompt_keep": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch),
+    "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),
+    "static_keep": lambda b, k: Static(b.means(), k, b.cfg.policy_batch),
+    "random": lambda b, k: Random(k, batch=b.cfg.policy_batch),
+    "dense_int8": lambda b, k: DenseInt8(),
+}

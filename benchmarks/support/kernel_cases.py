@@ -1,0 +1,292 @@
+"""What ``benchmarks/kernels.py`` times: each operator on one set of fresh weights and inputs.
+
+A case holds three functions of no arguments: the operator, its PyTorch reference on the very same
+tensors, and what a dense model does instead (cuBLAS, SDPA, ``topk``) on weights of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gnomon.kernels.column_gather import column_gather, column_gather_reference
+from gnomon.kernels.decode_attention import decode_attention, decode_attention_reference
+from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_reference, gathered_ffn
+from gnomon.kernels.rowscaled_linear import (
+    quantize_rows,
+    rowscaled_linear,
+    rowscaled_linear_reference,
+)
+from gnomon.kernels.select import select_topk, select_topk_reference
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A host's sizes, in the project's letters."""
+
+    D: int
+    F: int
+    L: int
+    H: int
+    G: int
+    gated: bool
+
+    @property
+    def d(self) -> int:
+        """Head size."""
+        return self.D // self.H
+
+    @classmethod
+    def of(cls, family: str, config: dict[str, Any]) -> Sizes:
+        """From an entry of ``shapes.SHAPES``."""
+        D, H = config["hidden_size"], config["num_attention_heads"]
+        ffn = config.get("intermediate_size", config.get("ffn_dim"))
+        groups = config.get("num_key_value_heads", H)
+        return cls(D, ffn, config["num_hidden_layers"], H, groups, family != "opt")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on one set of tensors.
+
+    Attributes:
+        run, reference, dense: calls.
+        nbytes, nbytes_dense: bytes that the operator and the dense side have to read.
+    """
+
+    run: Callable[[], Tensor]
+    reference: Callable[[], Tensor]
+    dense: Callable[[], Tensor]
+    nbytes: float
+    nbytes_dense: float
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes cases.
+
+    Args:
+        sizes: of the host.
+        cfg: batch, context, rank, int8.
+        dtype: of weights and inputs.
+        device: where.
+    """
+
+    sizes: Sizes
+    cfg: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    def case(self, op: str, kept: float) -> Case:
+        """A case with tensors of its own.
+
+        Raises:
+            ValueError: unknown operator.
+        """
+        if op not in OPS:
+            raise ValueError(f"ops={op!r} is unknown; use any of {', '.join(OPS)}")
+        return OPS[op](self, kept)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Values of unit variance over the last dimension's square root, as weights have."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype) * shape[-1] ** -0.5
+
+    def inputs(self, width: int) -> Tensor:
+        """(B, width) of unit variance."""
+        return torch.randn(self.cfg.batch, width, device=self.device, dtype=self.dtype)
+
+    def some(self, n: int, kept: float) -> Tensor | None:
+        """An ascending list of round(kept · n) of n units; None for all."""
+        if kept == 1:
+            return None
+        chosen = torch.randperm(n, device=self.device)[: max(1, round(kept * n))]
+        return chosen.sort().values.int()
+
+    def matrix(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Weights as the operator reads them, their scales under int8, and the dense side's."""
+        dense = self.randn(rows, columns)
+        if not self.cfg.int8:
+            return dense, None, dense
+        return *quantize_rows(dense), dense
+
+
+def _row_gather(m: Make, kept: float) -> Case:
+    """The q projection: heads of d rows."""
+    from gnomon.kernels.row_gather import row_gather, row_gather_reference
+
+    s = m.sizes
+    x, (w, scale, dense) = m.inputs(s.D), m.matrix(s.H * s.d, s.D)
+    index = m.some(s.H, kept)
+    args = (x, w, index, s.d, None, scale)
+    share = _share(index, s.H)
+    return Case(
+        lambda: row_gather(*args),
+        lambda: row_gather_reference(*args),
+        lambda: F.linear(x, dense),
+        share * _nbytes(w, scale),
+        _nbytes(dense),
+    )
+
+
+def _column_gather(m: Make, kept: float) -> Case:
+    """The out projection: heads of d columns, from their compact context."""
+    s = m.sizes
+    w, scale, dense = m.matrix(s.H * s.d, s.D)
+    index = m.some(s.H, kept)
+    x = m.inputs(s.H * s.d if index is None else len(index) * s.d)
+    whole, turned = m.inputs(s.H * s.d), dense.t().contiguous()
+    args = (x, w, index, s.d, None, scale)
+    return Case(
+        lambda: column_gather(*args),
+        lambda: column_gather_reference(*args),
+        lambda: F.linear(whole, turned),
+        _share(index, s.H) * _nbytes(w, scale),
+        _nbytes(dense),
+    )
+
+
+def _ffn_up(m: Make, kept: float) -> Case:
+    """Gate and up of a gated FFN, or up of a plain one."""
+    s = m.sizes
+    x, (up, up_scale, up_dense) = m.inputs(s.D), m.matrix(s.F, s.D)
+    gate, gate_scale, gate_dense = m.matrix(s.F, s.D) if s.gated else (None, None, None)
+    index = m.some(s.F, kept)
+    act = "silu" if s.gated else "relu"
+    args = (x, up, gate, index, None, act, None, None, up_scale, gate_scale)
+    return Case(
+        lambda: ffn_up(*args),
+        lambda: ffn_up_reference(*args),
+        lambda: _dense_up(x, up_dense, gate_dense),
+        _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale),
+        _nbytes(up_dense, gate_dense),
+    )
+
+
+def _gathered_ffn(m: Make, kept: float) -> Case:
+    """The whole FFN."""
+    s = m.sizes
+    x, (up, up_scale, up_dense) = m.inputs(s.D), m.matrix(s.F, s.D)
+    gate, gate_scale, gate_dense = m.matrix(s.F, s.D) if s.gated else (None, None, None)
+    down, down_scale, down_dense = m.matrix(s.F, s.D)
+    turned, index = down_dense.t().contiguous(), m.some(s.F, kept)
+    act = "silu" if s.gated else "relu"
+    scales = (up_scale, gate_scale)
+    up_args = (x, up, gate, index, None, act, None, None, *scales)
+
+    def reference() -> Tensor:
+        h = ffn_up_reference(*up_args)
+        return column_gather_reference(h, down, index, 1, None, down_scale, None, None, x.dtype)
+
+    return Case(
+        lambda: gathered_ffn(
+            x, up, down, gate, index, None, act, None, None, None, *scales, down_scale
+        ),
+        reference,
+        lambda: F.linear(_dense_up(x, up_dense, gate_dense), turned),
+        _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale, down, down_scale),
+        _nbytes(up_dense, gate_dense, down_dense),
+    )
+
+
+def _decode_attention(m: Make, kept: float) -> Case:
+    """Attention over the cache; heads are kept at random, so grouped ones keep most groups."""
+    s, B, C = m.sizes, m.cfg.batch, m.cfg.context
+    k, v = (torch.randn(B, s.G, C, s.d, device=m.device).to(m.dtype) for _ in range(2))
+    index = m.some(s.H, kept)
+    heads = torch.arange(s.H, device=m.device) if index is None else index.long()
+    slot = torch.full((1, s.H), -1, dtype=torch.int32, device=m.device)
+    slot[0, heads] = torch.arange(len(heads), dtype=torch.int32, device=m.device)
+    position = torch.full((B,), C - 1, dtype=torch.int32, device=m.device)
+    q, new = m.inputs(len(heads) * s.d), m.inputs(s.G * s.d)
+    args = (q, new, new, k, v, position, slot if index is not None else None)
+    whole = m.inputs(s.H * s.d).view(B, s.H, 1, s.d)
+    groups = len(torch.unique(heads // (s.H // s.G)))
+    return Case(
+        lambda: decode_attention(*args),
+        lambda: decode_attention_reference(*args),
+        lambda: F.scaled_dot_product_attention(whole, k, v, enable_gqa=s.G < s.H),
+        groups / s.G * _nbytes(k, v),
+        _nbytes(k, v),
+    )
+
+
+def _select_topk(m: Make, kept: float) -> Case:
+    """The neurons of all layers that a shadow predictor decides, in one launch."""
+    s = m.sizes
+    scores = torch.randn(s.L - 1, s.F, device=m.device)
+    keep = max(1, round(kept * s.F))
+    return Case(
+        lambda: select_topk(scores, keep, keep)[0],
+        lambda: select_topk_reference(scores, None, keep, keep)[0],
+        lambda: scores.topk(keep, sorted=False).indices,
+        _nbytes(scores),
+        _nbytes(scores),
+    )
+
+
+def _rowscaled_linear(m: Make, kept: float) -> Case:
+    """The outputs of a shadow predictor, all layers at once; nothing is skipped in it."""
+    s = m.sizes
+    rows = (s.L - 1) * s.F
+    x = torch.randn(m.cfg.batch, m.cfg.rank, device=m.device)
+    dense = m.randn(rows, m.cfg.rank)
+    q, scale = quantize_rows(dense)
+    narrow = x.to(m.dtype)
+    return Case(
+        lambda: rowscaled_linear(x, q, scale),
+        lambda: rowscaled_linear_reference(x, q, scale),
+        lambda: F.linear(narrow, dense),
+        _nbytes(q, scale),
+        _nbytes(dense),
+    )
+
+
+def _threshold_gemv(m: Make, kept: float) -> Case:
+    """Input channels above a threshold (TEAL), of the down projection's shape."""
+    from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
+
+    s = m.sizes
+    x, (w, scale, dense) = m.inputs(s.F), m.matrix(s.F, s.D)
+    turned = dense.t().contiguous()
+    cut = torch.quantile(x.float().abs().flatten(), 1 - kept).reshape(1) if kept < 1 else None
+    threshold = torch.full((1,), -1.0, device=m.device) if cut is None else cut
+    read = (x.float().abs() > threshold).any(0).float().mean().item()
+    args = (x, w, threshold, None, scale)
+    return Case(
+        lambda: threshold_gemv(*args),
+        lambda: threshold_gemv_reference(*args),
+        lambda: F.linear(x, turned),
+        read * _nbytes(w, scale),
+        _nbytes(dense),
+    )
+
+
+def _dense_up(x: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return F.linear(x, up).relu()
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def _share(index: Tensor | None, n: int) -> float:
+    return 1.0 if index is None else len(index) / n
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+OPS: dict[str, Callable[[Make, float], Case]] = {
+    "row_gather": _row_gather,
+    "ffn_up": _ffn_up,
+    "column_gather": _column_gather,
+    "gathered_ffn": _gathered_ffn,
+    "decode_attention": _decode_attention,
+    "select_topk": _select_topk,
+    "rowscaled_linear": _rowscaled_linear,
+    "threshold_gemv": _threshold_gemv,
+}

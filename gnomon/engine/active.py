@@ -1,0 +1,74 @@
+"""Active sets as the decode step takes them, and who gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gnomon.host import Tap, UnitKind
+
+
+@dataclass(frozen=True)
+class Active:
+    """An active set of one layer: R = 1 list for the batch, or one for each of its B sequences.
+
+    Attributes:
+        index: (R, S) int32 kept units; entries past the count may be anything.
+        count: (R,) int32 entries that hold; None for all S.
+        slot: (R, N) int32 place of every unit in the list, -1 where it is skipped; of neurons
+            it is read only where R > 1.
+        kvq: heads only: (R, 2·groups + S) int32 blocks of d rows of the fused k, v and q weights:
+            k and v groups, then the kept heads. ``kvq_count`` as ``count``.
+        groups: heads only: k groups that are computed; None for all G.
+        kv_slot: heads only: (R, G) int32 place of a group among these, -1 where it is skipped;
+            None for all.
+        early: the list was complete before the launch that precedes its first use.
+        compacted: the weights in use hold the kept rows alone, in the list's order.
+    """
+
+    index: Tensor
+    count: Tensor | None
+    slot: Tensor
+    kvq: Tensor | None = None
+    kvq_count: Tensor | None = None
+    groups: int | None = None
+    kv_slot: Tensor | None = None
+    early: bool = False
+    compacted: bool = False
+
+    @property
+    def listed(self) -> bool:
+        """Whether one list for the whole batch is followed in place."""
+        return self.index.shape[0] == 1 and not self.compacted
+
+
+class Decider(Protocol):
+    """What a decode step asks: which hidden states are wanted, and which units are active.
+
+    Attributes:
+        taps: hidden states to hand over.
+    """
+
+    taps: Sequence[Tap]
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Takes the hidden state (B, W) of this step at one of ``taps``."""
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """The active set, asked just before its first use; None keeps every unit."""
+
+
+class KeepAll:
+    """The dense model."""
+
+    taps: Sequence[Tap] = ()
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Never called."""
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """Every unit."""
+        return None

@@ -1,0 +1,286 @@
+"""Deciders: a policy's active sets, as lists on the device, where a decode step asks for them.
+
+All of them give the very sets of :meth:`Policy.decide`; they differ in when, and in how many
+launches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gnomon.engine.active import Active, KeepAll
+from gnomon.engine.lists import Lists
+from gnomon.host import KINDS, HostSpec, Tap, UnitKind
+from gnomon.kernels.cpu_library import library
+from gnomon.policies.base import Policy, Seen
+from gnomon.policies.learned import Learned
+from gnomon.predictors.linear import LinearStack
+
+Key = tuple[UnitKind, int]
+
+
+class StepDecider(Protocol):
+    """A decider with the engine's view of it.
+
+    Attributes:
+        taps: hidden states that a step hands over.
+        sets: active sets of the step that ran last; a layer that is missing keeps everything.
+    """
+
+    taps: Sequence[Tap]
+    sets: dict[Key, Active]
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """A step starts: (B,) positions of its tokens, and which rows have not ended."""
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Takes a hidden state (B, W) of this step."""
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """The active set, asked just before its first use; None keeps every unit."""
+
+
+class Dense(KeepAll):
+    """Keeps everything: the dense twin."""
+
+    def __init__(self) -> None:
+        self.sets: dict[Key, Active] = {}
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Nothing to prepare."""
+
+
+class Fixed:
+    """Sets that hold for a sequence (``static``, ``prompt``), decided before its first step.
+
+    One set for the whole batch is compacted: the step then runs on small contiguous weights.
+    """
+
+    taps: Sequence[Tap] = ()
+
+    def __init__(self, policy: Policy, spec: HostSpec, lists: Lists) -> None:
+        self.policy, self.spec = policy, spec
+        self.sets: dict[Key, Active] = {}
+        self.rows: dict[Key, Tensor] = {}
+        """(kind, layer) -> rows to compact, as :func:`gnomon.engine.weights.compacted` takes."""
+        self._lists = lists
+
+    def decide(self, seen: Seen) -> bool:
+        """Decides every layer from the prompt; may wait for the device.
+
+        Args:
+            seen: the prompt's last token but one, of every sequence.
+
+        Returns:
+            Whether the sets have other sizes than before, so that a captured step is void. Sets of
+            the same sizes are written where the old ones are.
+        """
+        found, rows = {}, {}
+        for kind in KINDS:
+            for layer in range(self.spec.L):
+                if self.policy.keeps_all(kind, layer):
+                    continue
+                keep = self.policy.decide(kind, layer, seen)
+                keep = keep.reshape(-1, keep.shape[-1])
+                if bool((keep == keep[:1]).all()):
+                    keep = keep[:1]
+                found[kind, layer] = self._set(kind, keep)
+                if found[kind, layer].compacted:
+                    rows[kind, layer] = _rows(kind, found[kind, layer])
+        self.rows = rows
+        same = _sizes(found) == _sizes(self.sets)
+        if same:
+            for key, active in found.items():
+                _copy(self.sets[key], active)
+        else:
+            self.sets = found
+        return not same
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Never called."""
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """The sequence's set."""
+        return self.sets.get((kind, layer))
+
+    def _set(self, kind: UnitKind, keep: Tensor) -> Active:
+        sizes = keep.sum(-1)
+        longest = int(sizes.max())
+        found = self._lists.of_mask(kind, keep, longest)
+        if keep.shape[0] > 1:
+            uneven = bool((sizes != longest).any())
+            return replace(found, count=sizes.int() if uneven else None, early=True)
+        found = replace(found, early=True, compacted=True)
+        if kind == "neurons" or self.policy.kv == "keep":
+            return found
+        return _without_idle_groups(found, keep, self.spec)
+
+
+class PerToken:
+    """Any policy that decides at every token, layer by layer, with its own torch operators."""
+
+    def __init__(self, policy: Policy, spec: HostSpec, lists: Lists) -> None:
+        self.policy = policy
+        self.taps: Sequence[Tap] = policy.taps()
+        self.sets: dict[Key, Active] = {}
+        self._lists = lists
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Forgets the step before."""
+        self.sets.clear()
+        self._hidden: dict[Tap, Tensor] = {}
+        self._seen = _seen(self._hidden, position, live)
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Keeps it for the decisions that read it."""
+        self._hidden[tap] = hidden
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """Asks the policy."""
+        if self.policy.keeps_all(kind, layer):
+            return None
+        keep = self.policy.decide(kind, layer, self._seen)
+        keep = keep.reshape(-1, keep.shape[-1])
+        found = self._lists.of_mask(kind, keep, self.policy.kept(kind, layer))
+        self.sets[kind, layer] = found
+        return found
+
+
+class Fused:
+    """A predictor's top units: one GEMV and one selection for all layers that a tap decides."""
+
+    def __init__(self, policy: Learned, spec: HostSpec, lists: Lists) -> None:
+        self.policy, self._lists = policy, lists
+        self.sets: dict[Key, Active] = {}
+        self.plan = _plan(policy, spec)
+        self.taps: Sequence[Tap] = tuple(self.plan)
+        self._predictor = _widened(policy)
+
+    @staticmethod
+    def fits(policy: Policy) -> bool:
+        """Whether a policy is its predictor's top units and nothing else."""
+        return (
+            isinstance(policy, Learned)
+            and policy.refresh == "token"
+            and policy.resolved.spread == "layer"
+            and type(policy).scores is Learned.scores
+            and type(policy).decide is Policy.decide
+        )
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Forgets the step before."""
+        self.sets.clear()
+        self._seen = _seen({}, position, live)
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Decides every layer that reads this state."""
+        code = self._predictor.encode(tap, hidden.float())
+        for kind, layers in self.plan[tap].items():
+            scores = self._predictor.scores_of(kind, layers, code)  # (B, layers, N)
+            scores = self.policy.combine(kind, scores, self._seen).transpose(0, 1)
+            keep = self.policy.counts[kind][layers[0]]
+            sets = self._lists.of_scores(kind, scores, keep)
+            for layer, active in zip(layers, sets, strict=True):
+                early = _is_early(kind, layer, tap)
+                self.sets[kind, layer] = replace(active, early=early)
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """Decided when its tap was seen."""
+        return self.sets.get((kind, layer))
+
+
+def decider(
+    policy: Policy | None, spec: HostSpec, lists: Lists
+) -> Dense | Fixed | PerToken | Fused:
+    """The decider of a bound policy; None keeps everything."""
+    if policy is None or all(policy.keeps_all(k, i) for k in KINDS for i in range(spec.L)):
+        return Dense()
+    if policy.refresh != "token":
+        return Fixed(policy, spec, lists)
+    if Fused.fits(policy):
+        assert isinstance(policy, Learned)
+        return Fused(policy, spec, lists)
+    return PerToken(policy, spec, lists)
+
+
+def _seen(hidden: dict[Tap, Tensor], position: Tensor, live: Tensor) -> Seen:
+    memo: dict[Any, Any] = {}
+    look: Callable[[Tap], Tensor] = lambda tap: hidden[tap][:, None]  # noqa: E731
+    return Seen(look, position.long()[:, None], live[:, None], memo)
+
+
+def _plan(policy: Learned, spec: HostSpec) -> dict[Tap, dict[UnitKind, list[int]]]:
+    """Which layers each tap decides; they keep equally many units, so one selection serves them."""
+    plan: dict[Tap, dict[UnitKind, list[int]]] = {}
+    for kind in KINDS:
+        for layer in range(spec.L):
+            tap = policy.predictor.decided_from(kind, layer)
+            if tap is None or policy.kept(kind, layer) == spec.units(kind):
+                continue
+            plan.setdefault(tap, defaultdict(list))[kind].append(layer)
+    return dict(sorted(plan.items()))
+
+
+def _widened(policy: Learned) -> Any:
+    """On a CPU without kernels for int8, a copy that holds the same numbers as fp32."""
+    predictor = policy.predictor
+    if next(predictor.buffers()).device.type != "cpu" or not predictor.quantized:
+        return predictor
+    if library() is not None:
+        return predictor
+    predictor = copy.deepcopy(predictor)
+    for stack in predictor.modules():
+        if isinstance(stack, LinearStack):
+            stack.q = stack.q.float()
+    return predictor
+
+
+def _is_early(kind: UnitKind, layer: int, tap: Tap) -> bool:
+    """Whether at least one launch lies between the selection and the first that follows it."""
+    inside = kind == "neurons" and tap.site in ("layer_input", "attn_input")
+    return layer > tap.layer or inside
+
+
+def _without_idle_groups(active: Active, keep: Tensor, spec: HostSpec) -> Active:
+    """K and V of groups without an active head are neither computed nor written."""
+    used = keep.view(1, spec.G, spec.group_size).any(-1)
+    groups = used[0].nonzero().flatten().int()
+    kvq = torch.cat([groups, groups + spec.G, active.index[0] + 2 * spec.G])[None]
+    place = used.cumsum(-1, dtype=torch.int32) - 1
+    kv_slot = torch.where(used, place, -1)
+    return replace(active, kvq=kvq, groups=len(groups), kv_slot=kv_slot)
+
+
+def _rows(kind: UnitKind, active: Active) -> Tensor:
+    index = active.kvq if kind == "heads" else active.index
+    assert index is not None
+    return index[0].long()
+
+
+_TENSORS = ("index", "count", "slot", "kvq", "kvq_count", "kv_slot")
+
+
+def _sizes(sets: dict[Key, Active]) -> Any:
+    def size(active: Active) -> Any:
+        tensors = (getattr(active, name) for name in _TENSORS)
+        shapes = tuple(None if t is None else tuple(t.shape) for t in tensors)
+        return shapes, active.groups, active.compacted
+
+    return {key: size(active) for key, active in sets.items()}
+
+
+def _copy(target: Active, source: Active) -> None:
+    for name in _TENSORS:
+        old = getattr(target, name)
+        if old is not None:
+            old.copy_(getattr(source, name))

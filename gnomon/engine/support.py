@@ -1,0 +1,121 @@
+"""What the decode engine can run: hosts, policies, backends, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gnomon.engine.ops import Ops, ops
+from gnomon.host import HostSpec, UnsupportedHostError, weight
+from gnomon.kernels.launch import interpreted
+from gnomon.kernels.select import triton
+from gnomon.policies.base import Policy
+
+SMALLEST = 512  # tokens of the smallest context bucket
+
+
+class UnsupportedPolicyError(ValueError):
+    """The decode engine cannot run the policy; the generic path can."""
+
+
+def bucket(tokens: int, context: int) -> int:
+    """Places of the buffers for so many tokens: 512, 1024, 2048, …, ``context`` at most."""
+    size = SMALLEST
+    while size < tokens:
+        size *= 2
+    return min(size, context)
+
+
+def choose_ops(backend: str, device: torch.device) -> Ops:
+    """The operators of a backend; ``auto`` is Triton on a CUDA device, else PyTorch.
+
+    Raises:
+        ValueError: unknown, or Triton where it cannot run.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend={backend!r} has no decode engine: use auto, torch or triton")
+    able = triton is not None and (device.type == "cuda" or interpreted())
+    if backend == "triton" and not able:
+        raise ValueError(
+            f"backend='triton' needs Triton and a CUDA device, the host is on {device}: use "
+            "backend=torch or auto"
+        )
+    fast = able and device.type == "cuda"
+    return ops(("triton" if fast else "torch") if backend == "auto" else backend)
+
+
+@contextmanager
+def named_memory(batch: int, context: int) -> Iterator[None]:
+    """Raises ValueError naming what to lower where the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of GPU memory with batch={batch} and context={context}: lower either "
+            "(speed.batch, speed.context), or load the host in a smaller dtype"
+        ) from error
+
+
+def one_device(model: nn.Module) -> torch.device:
+    """The device that holds all of the host.
+
+    Raises:
+        UnsupportedHostError: it is spread over several, or offloaded.
+    """
+    devices = {p.device for p in model.parameters()}
+    device = next(iter(devices))
+    if len(devices) > 1 or device.type == "meta":
+        raise UnsupportedHostError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(map(str, devices)))}: the "
+            "decode engine runs hosts that one device holds"
+        )
+    return device
+
+
+def require_fit(rows: int, batch: int, prompt: int, tokens: int | None, context: int) -> None:
+    """Raises ValueError for prompts that an engine of this batch and context cannot continue."""
+    if rows != batch:
+        raise ValueError(
+            f"{rows} prompts for an engine of batch={batch}: give as many, or open an engine of "
+            "that batch (speed.batch)"
+        )
+    if prompt - 1 + (1 if tokens is None else tokens) > context:
+        raise ValueError(
+            f"a prompt of {prompt} tokens with max_new_tokens={tokens} exceeds context={context}: "
+            "raise it (speed.context)"
+        )
+
+
+def require_plain_weights(model: nn.Module, spec: HostSpec) -> None:
+    """Raises UnsupportedHostError for weights that are not floating point (quantised hosts)."""
+    for path in (path for layer in spec.layers for path in layer.linears):
+        found = weight(model, path)
+        if not found.is_floating_point():
+            raise UnsupportedHostError(
+                f"{path} holds {found.dtype} weights: the decode engine reads fp32, fp16 and bf16"
+            )
+
+
+def require_policy(policy: Policy) -> None:
+    """Raises UnsupportedPolicyError for a policy that only the generic path can run."""
+    if policy.needs_units:
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} looks at the values that it decides about: it exists under "
+            "backend=mask alone and has no decode engine"
+        )
+    transforms = type(policy).transform is not Policy.transform
+    if transforms and policy.weight_dtype != "int8":
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} changes the host's weights in a way that the decode engine does "
+            "not read: use gnomon.sparsify with generate()"
+        )
+
+
+def require_sizes(batch: int, context: int) -> None:
+    """Raises ValueError for a batch or context below 1."""
+    for field, value in (("batch", batch), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{field}={value}: use 1 or more (speed.{field})")

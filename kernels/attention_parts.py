@@ -1,0 +1,235 @@
+"""The parts of the attention kernel: rotation, online softmax over a split, merge of the splits.
+
+Scores are kept in base 2. A partial result of a head over a split is its highest score m, its mass
+l = Σ 2^(s − m) and the sum of 2^(s − m) · v, so that partial results join exactly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _prefetch(ptr, elements):  # type: ignore[no-untyped-def]
+    """Asks L2 for the first 16 KB at ptr, in 128-byte lines: loads that hold no register."""
+    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+    line = tl.minimum(tl.arange(0, 128) * LINE, elements - 1)
+    address = (ptr + line).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _rotated(  # type: ignore[no-untyped-def]
+    ptr,
+    row,
+    live,
+    position,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    D: tl.constexpr,
+    ROT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Head rows (R, BLOCK_D) at ptr, RMS-normed and rotated, in fp32; zero where not live."""
+    j = tl.arange(0, BLOCK_D)
+    start = row.to(tl.int64)[:, None] * D
+    mask = live[:, None] & (j < D)[None, :]
+    x = tl.load(ptr + start + j[None, :], mask=mask, other=0.0).to(tl.float32)
+    HALF: tl.constexpr = ROT // 2
+    turned = j < ROT
+    pair = tl.where(j < HALF, j + HALF, j - HALF)
+    if ROT > 0:
+        y_mask = live[:, None] & turned[None, :]
+        y = tl.load(ptr + start + pair[None, :], mask=y_mask, other=0.0).to(tl.float32)
+        at = position * ROT + j
+        cos = tl.load(cos_ptr + at, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at, mask=turned, other=0.0).to(tl.float32)
+        sin = tl.where(j < HALF, -sin, sin)
+    if HAS_NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+        x *= rstd[:, None] * tl.load(norm_ptr + j, mask=j < D, other=0.0).to(tl.float32)[None, :]
+        if ROT > 0:
+            gain = tl.load(norm_ptr + pair, mask=turned, other=0.0).to(tl.float32)
+            y *= rstd[:, None] * gain[None, :]
+    if ROT > 0:
+        x = x * cos[None, :] + y * sin[None, :]
+    return x
+
+
+@triton.jit
+def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores, soft-capped, in base 2."""
+    if HAS_SOFTCAP:  # tanh(z) = 1 - 2 / (e^(2z) + 1), without libdevice
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2E / softcap)) + 1.0))
+    return s * LOG2E
+
+
+@triton.jit
+def _sum_loop(  # type: ignore[no-untyped-def]
+    q,
+    slope,
+    m,
+    mass,
+    acc,
+    k_ptr,
+    v_ptr,
+    begin,
+    end,
+    position,
+    scaling,
+    softcap,
+    D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Online softmax of a few heads over tokens [begin, end), with products and sums.
+
+    Nothing goes through shared memory: beside kernels that use none, one that does makes every
+    processor change the split of its L1, which took 25 us per launch inside a step on an H100.
+    """
+    j = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < end)[:, None] & (j < D)[None, :]
+        at = t[:, None] * D + j[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scaling
+        s = _capped(s, softcap, HAS_SOFTCAP) + slope[:, None] * (t - position)[None, :]
+        s = tl.where((t < end)[None, :], s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(m - higher)
+        mass = mass * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v[None, :, :], axis=1)
+        m = higher
+    return m, mass, acc
+
+
+@triton.jit
+def _dot_loop(  # type: ignore[no-untyped-def]
+    q,
+    slope,
+    m,
+    mass,
+    acc,
+    k_ptr,
+    v_ptr,
+    begin,
+    end,
+    position,
+    scaling,
+    softcap,
+    D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Online softmax of a group's heads over tokens [begin, end), on the tensor cores."""
+    j = tl.arange(0, BLOCK_D)
+    if not UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
+        q = q.to(k_ptr.dtype.element_ty)
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
+        t = start + tl.arange(0, BLOCK_T)
+        mask = (t < end)[:, None] & (j < D)[None, :]
+        at = t[:, None] * D + j[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        s = _capped(s, softcap, HAS_SOFTCAP) + slope[:, None] * (t - position)[None, :]
+        s = tl.where((t < end)[None, :], s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - higher[:, None]).to(v.dtype)  # rounded before it is summed, too
+        shrink = tl.exp2(m - higher)
+        mass = mass * shrink + tl.sum(p.to(tl.float32), axis=1)
+        acc = acc * shrink[:, None] + tl.dot(p, v, input_precision="ieee")
+        m = higher
+    return m, mass, acc
+
+
+@triton.jit
+def _group_of(  # type: ignore[no-untyped-def]
+    slot_ptr,
+    a,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    G_POW2: tl.constexpr,
+    R_POW2: tl.constexpr,
+):
+    """The a-th group with an active head, and whether there is one."""
+    g, r = tl.arange(0, G_POW2), tl.arange(0, R_POW2)
+    inside = (g < G)[:, None] & (r < R)[None, :]
+    slots = tl.load(slot_ptr + g[:, None] * R + r[None, :], mask=inside, other=-1)
+    active = (tl.max(slots, axis=1) >= 0).to(tl.int32)
+    rank = tl.cumsum(active, axis=0)
+    return tl.sum(tl.where((active > 0) & (rank == a + 1), g, 0)), tl.sum(active) > a
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    ctx_ptr,
+    partial_ptr,
+    stat_ptr,
+    out_row,
+    slot_ptr,
+    first_head,
+    used,
+    HAS_SLOT: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    R_POW2: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Joins a group's partial sums, BLOCK_S splits at a time, and stores its heads' context."""
+    j, r = tl.arange(0, BLOCK_D), tl.arange(0, R_POW2)
+    slot = first_head + r
+    if HAS_SLOT:
+        slot = tl.load(slot_ptr + first_head + r, mask=r < R, other=-1)
+    head = (r < R) & (slot >= 0)
+    row = out_row + slot
+    m = tl.full((R_POW2,), -float("inf"), dtype=tl.float32)
+    mass = tl.zeros((R_POW2,), dtype=tl.float32)
+    acc = tl.zeros((R_POW2, BLOCK_D), dtype=tl.float32)
+    for start in range(0, used, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        held = (s < used)[:, None] & head[None, :]
+        at = row[None, :] * SPLITS + s[:, None]
+        tops = tl.load(stat_ptr + 2 * at, mask=held, other=-float("inf"), cache_modifier=".cg")
+        masses = tl.load(stat_ptr + 2 * at + 1, mask=held, other=0.0, cache_modifier=".cg")
+        wide = held[:, :, None] & (j < D)[None, None, :]
+        sums = tl.load(
+            partial_ptr + at[:, :, None] * D + j[None, None, :],
+            mask=wide,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(m, tl.max(tops, axis=0))
+        higher = tl.where(head, higher, 0.0)  # a padded head has no finite top
+        weight = tl.exp2(tops - higher[None, :])
+        shrink = tl.exp2(m - higher)
+        mass = mass * shrink + tl.sum(weight * masses, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * sums, axis=0)
+        m = higher
+    y = acc / tl.where(head, mass, 1.0)[:, None]
+    place = row[:, None] * D + j[None, :]
+    tl.store(ctx_ptr + place, y.to(ctx_ptr.dtype.element_ty), mask=head[:, None] & (j < D)[None, :])

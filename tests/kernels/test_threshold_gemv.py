@@ -1,0 +1,88 @@
+"""Threshold GEMV: reference against double precision, kernel against reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gathered import DTYPES, poison, weights
+from gnomon.kernels.threshold_gemv import (
+    threshold_gemv,
+    threshold_gemv_reference,
+    threshold_gemv_triton,
+)
+from tolerances import TOLERANCE, relative_rms
+
+SHAPES = [
+    pytest.param(1, 1, 1, id="one"),
+    pytest.param(3, 70, 33, id="odd"),
+    pytest.param(2, 700, 300, id="past-blocks"),
+    pytest.param(1, 2500, 20, id="long"),
+]
+CUTS = ["none", "some", "channel", "all"]
+
+
+def threshold(kind: str, width: int, device: torch.device) -> Tensor:
+    if kind == "channel":
+        return torch.rand(width, device=device)
+    return torch.tensor([{"none": 99.0, "some": 0.7, "all": -1.0}[kind]], device=device)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width", "n"), SHAPES)
+def test_sum_over_passing_channels(
+    batch: int, width: int, n: int, dtype: torch.dtype, cut: str, device: torch.device
+) -> None:
+    x, bias = torch.randn(batch, width, device=device), torch.randn(n, device=device)
+    w, scale = weights(width, n, dtype, device)
+    t = threshold(cut, width, device)
+    rows = w.double() if scale is None else w.double() * scale.double()[:, None]
+    expected = torch.where(x.abs() > t, x, 0).double() @ rows + bias.double()
+    poison(batch, n, device=device)
+    for launch in (threshold_gemv_reference, threshold_gemv_triton):
+        y = launch(x, w, t, bias, scale)
+        assert y.dtype == torch.float32 and relative_rms(y, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_once(dtype: torch.dtype, device: torch.device) -> None:
+    x, (w, _) = torch.randn(2, 200, device=device).to(dtype), weights(200, 40, dtype, device)
+    t = threshold("some", 200, device)
+    expected = torch.where(x.float().abs() > t, x, 0).double() @ w.double()
+    for launch in (threshold_gemv_reference, threshold_gemv_triton):
+        y = launch(x, w, t)
+        assert y.dtype == dtype and relative_rms(y, expected) < TOLERANCE[dtype]
+
+
+def test_other_channels_are_not_used(device: torch.device) -> None:
+    x, (w, _) = torch.randn(1, 300, device=device), weights(300, 50, torch.float32, device)
+    x[0, 0], t = 0.0, threshold("channel", 300, device)
+    wrong = w.masked_fill(~(x[0].abs() > t)[:, None], torch.nan)
+    for launch in (threshold_gemv_reference, threshold_gemv_triton, threshold_gemv):
+        assert torch.equal(launch(x, wrong, t), launch(x, w, t))
+
+
+def test_repeats_bit_by_bit(device: torch.device) -> None:
+    x, (w, _) = torch.randn(2, 1000, device=device), weights(1000, 70, torch.bfloat16, device)
+    t = threshold("some", 1000, device)
+    first = threshold_gemv_triton(x, w, t)
+    assert all(torch.equal(first, threshold_gemv_triton(x, w, t)) for _ in range(3))
+
+
+def test_a_wrong_comparison_is_caught(device: torch.device) -> None:
+    x, (w, _) = torch.randn(1, 64, device=device), weights(64, 32, torch.float32, device)
+    t = threshold("some", 64, device)
+    wrong = torch.where(x > t, x, 0) @ w  # forgets the magnitude
+    assert relative_rms(threshold_gemv_triton(x, w, t), wrong) > 0.1
+
+
+def test_registered_and_checked(device: torch.device) -> None:
+    x, (w, scale) = torch.randn(2, 64, device=device), weights(64, 32, torch.int8, device)
+    t = threshold("channel", 64, device)
+    torch.library.opcheck(threshold_gemv, (x, w, t, None, scale))
+    assert threshold_gemv(x[:0], w, t, None, scale).shape == (0, 32)
+    for launch in (threshold_gemv, threshold_gemv_triton):
+        with pytest.raises(ValueError, match=r"threshold has shape \(3,\).*\(64,\) or \(1,\)"):
+            launch(x, w, t[:3], None, scale)
