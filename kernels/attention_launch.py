@@ -45,8 +45,9 @@ def plan(items: int, tokens: int, d: int, size: int, heads: int, device: torch.d
         heads: of a group.
         device: whose processors are to be filled.
 
-    Few items: one wave of four programs per processor without shared memory, a few heads summed
-    in registers (8192 products at a time). Many: pipelined tiles of K and V of 8 KB, or of 16 KB
+    Few items: about four programs per processor, whose tiles stay in registers, a few heads at a
+    time (8192 products; with head size 128 that takes 253 registers, so two of them run at once).
+    Many: pipelined tiles of K and V of 8 KB, or of 16 KB
     where tensor cores hold them, far over the 18 KB in flight that 3 TB/s takes; up to 16 programs
     per processor one after another, so that the last of them is short, but no split under 256
     tokens.

@@ -72,6 +72,9 @@ def column_gather_reference(
             y = _weigh(x32, weight_t, rows.flatten(), scale)
         else:
             y = torch.cat([_weigh(x32[b : b + 1], weight_t, r, scale) for b, r in enumerate(rows)])
+        y = (
+            y if count is None else torch.where(count[:, None] > 0, y, 0)
+        )  # row 0 is then unselected
     y = y if bias is None else y + bias.float()
     y = y if residual is None else y + residual.float()
     return y.to(out_dtype or x.dtype)

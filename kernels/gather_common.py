@@ -49,12 +49,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def rows_of(index: Tensor, block: int, count: Tensor | None) -> Tensor:
-    """Rows that a list names: index (..., S) -> int64 (..., S * block); 0 past the count."""
+    """Rows that a list names: index (..., S) -> int64 (..., S * block).
+
+    Past the count the list's first entry stands again, so that no unselected row is read; 0 where
+    nothing holds.
+    """
     rows = index.long()
-    if count is not None:
-        rows = rows * (torch.arange(index.shape[-1], device=index.device) < count[..., None])
-    if index.dim() == 1 and rows.dim() == 2:
-        rows = rows[0]
+    if count is not None and rows.numel():
+        count = count[0] if index.dim() == 1 else count[:, None]
+        first = torch.where(count > 0, rows[..., :1], 0)
+        rows = torch.where(torch.arange(index.shape[-1], device=index.device) < count, rows, first)
     if block == 1:
         return rows
     within = torch.arange(block, device=index.device)

@@ -45,6 +45,19 @@ def assert_same(found: dict[str, Any], tolerance: float = TOLERANCE[torch.float3
     assert found["logits_rms"] < tolerance, found
 
 
+@pytest.mark.parametrize("refresh", ["token", "prompt"])
+def test_agreement_sees_other_sets(refresh: Any) -> None:
+    """An engine that decides by another draw than the reference is told from one that agrees."""
+    model = tiny_host("llama")[0]
+    budget = Budget(density=0.5)
+    ours, other = (policies.Random(budget, refresh, seed=seed) for seed in (0, 1))
+    with Engine(model, ours, context=64) as engine:
+        found = agree(engine, model, other, ids_of(), 8)
+    assert 0.1 < found["sets"] < 0.6 and found["logits_rms"] > 0.1
+    with Engine(model, None, context=64) as engine:
+        assert agree(engine, model, ours, ids_of(), 8)["sets"] == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_every_policy_agrees_with_the_mask(name: str, rows: int) -> None:
@@ -367,8 +380,12 @@ def test_the_step_is_captured_once_and_replayed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_wait_for_the_host_cannot_be_captured() -> None:
     x = torch.ones(2, device="cuda")
+
+    def waits() -> None:
+        x.mul_(x.sum().item())
+
     with pytest.raises(graph.CaptureError, match="_local_scalar_dense"):
-        graph.Replay(lambda: x.mul_(x.sum().item()) and None, x.device)
+        graph.Replay(waits, x.device)
 
 
 def test_sampling_draws_the_distribution() -> None:

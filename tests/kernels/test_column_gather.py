@@ -74,6 +74,23 @@ def test_unselected_columns_are_not_used_and_runs_agree(batch: int, device: torc
         assert torch.equal(column_gather_triton(**given, early=early), expected)
 
 
+@pytest.mark.parametrize("held", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_entries_past_the_count_read_nothing(batch: int, held: int, device: torch.device) -> None:
+    """Not even row 0, which stands in for them nowhere."""
+    w = torch.randn(12, 40, device=device)
+    index = torch.tensor([5, 7, 2**30, 2**30], dtype=torch.int32, device=device)
+    count = torch.tensor([held], dtype=torch.int32, device=device)
+    x = torch.randn(batch, 4, device=device)
+    x[:, held:] = torch.nan
+    expected = x[:, :held] @ w[[5, 7][:held]]
+    w[[0, *range(1, 5), 6, *range(8, 12)]] = torch.nan
+    if held == 0:
+        w[:] = torch.nan
+    for op in (column_gather_reference, column_gather_triton, column_gather):
+        assert relative_rms(op(x, w, index, 1, count), expected) < TOLERANCE[torch.float32]
+
+
 def test_output_dtype_and_registration(device: torch.device) -> None:
     given = arguments(2, 40, 33, 3, "counted", torch.bfloat16, device)
     y = column_gather(**given, out_dtype=torch.bfloat16)
