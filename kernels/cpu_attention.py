@@ -1,8 +1,8 @@
 """Decode attention on a CPU: the operator of :mod:`gnomon.kernels.decode_attention`, compiled.
 
 Same arguments, result and errors; the reference serves what the C kernel (`cpu_attention.c`) does
-not, and machines without a compiler. At a context of 64 the reference's PyTorch calls took 3.8 ms
-of a 16 ms step of the embedded host on two cores.
+not, and machines without a compiler. For one token the reference's many small PyTorch calls cost
+more than the work in them.
 """
 
 from __future__ import annotations

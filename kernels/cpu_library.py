@@ -1,7 +1,6 @@
 """The C kernels of the CPU path: compiled once with the machine's own compiler, then loaded.
 
-PyTorch has no gather that streams rows at the memory's speed, and its matrix-vector product reaches
-a third of it (`cpu_gather.py`). Where no compiler is found, or ``GNOMON_CPU_KERNELS=0``, callers
+PyTorch has no gather of rows with a product that does not copy them first. Where no compiler is found, or ``GNOMON_CPU_KERNELS=0``, callers
 stay with PyTorch operators.
 """
 
