@@ -1,7 +1,7 @@
 """The C kernels of the CPU path: compiled once with the machine's own compiler, then loaded.
 
-PyTorch has no gather of rows with a product that does not copy them first. Where no compiler is found, or ``GNOMON_CPU_KERNELS=0``, callers
-stay with PyTorch operators.
+PyTorch has no gather of rows with a product that does not copy them first. Where no compiler is
+found, or ``GNOMON_CPU_KERNELS=0``, callers stay with PyTorch operators.
 """
 
 from __future__ import annotations
