@@ -16,12 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gnomon.kernels.attention_parts import (
     LOG2E,
     _capped,
-    _dot_loop,
     _group_of,
+    _load_tile,
     _merge,
-    _prefetch,
     _rotated,
-    _sum_loop,
+    _take_tile,
 )
 
 
@@ -120,7 +119,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
@@ -157,24 +156,28 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         if WINDOW > 0:
             low = tl.maximum(low, position - WINDOW + 1)
         high = tl.minimum(position, C)
-        # Multiples of 16 tokens: even splits, without a last one that holds next to nothing.
-        part = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), 16) * 16, 16)
-        used = tl.maximum(tl.cdiv(tl.maximum(high - low, 0), part), 1)
+        length = tl.maximum(high - low, 0)
+        part = BLOCK_T  # whole tiles, and no more splits than there are tiles
+        if not ONE_TILE:
+            part = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T), 1) * BLOCK_T
+        used = tl.maximum(tl.cdiv(length, part), 1)
         begin = low + split * part
         end = tl.minimum(begin + part, high)
+        active = active & (split < used)
         start = (b * G + g) * C * D
-        if PREFETCH:  # noqa: SIM102 (compile time); q is prepared while the first tile arrives
-            if active & (begin < end):
-                _prefetch(k_cache_ptr + start + begin * D, (end - begin) * D)
-                _prefetch(v_cache_ptr + start + begin * D, (end - begin) * D)
+        k_ptr, v_ptr = k_cache_ptr + start, v_cache_ptr + start
+        r = tl.arange(0, R_PAD)
+        slot = g * R + r
+        if HAS_SLOT:
+            slot = tl.load(slots_ptr + g * R + r, mask=r < R, other=-1)
+        if ONE_TILE:  # its keys and values are under way while the projection drains
+            stop = tl.where(active, end, begin)
+            k = _load_tile(k_ptr, begin, stop, D, BLOCK_D, BLOCK_T)
+            v = _load_tile(v_ptr, begin, stop, D, BLOCK_D, BLOCK_T)
         if PDL and EARLY:
             gdc_wait()
             gdc_launch_dependents()
-        if active & (split < used):
-            r = tl.arange(0, R_PAD)
-            slot = g * R + r
-            if HAS_SLOT:
-                slot = tl.load(slots_ptr + g * R + r, mask=r < R, other=-1)
+        if active:
             head = (r < R) & (slot >= 0)
             q = _rotated(
                 q_ptr + b * q_stride, slot, head, angle, q_norm_ptr, cos_ptr, sin_ptr, eps,
@@ -205,17 +208,21 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             m = tl.where(last, s, -float("inf"))
             mass = tl.where(last, 1.0, 0.0) + tl.zeros((R_PAD,), dtype=tl.float32)
             acc = value + tl.zeros((R_PAD, BLOCK_D), dtype=tl.float32)
-            k_ptr, v_ptr = k_cache_ptr + start, v_cache_ptr + start
-            if DOT:
-                m, mass, acc = _dot_loop(
-                    q, slope, m, mass, acc, k_ptr, v_ptr, begin, end, position, scaling, softcap,
-                    D, HAS_SOFTCAP, BLOCK_D, BLOCK_T, STAGES, UPCAST,
+            if DOT and not UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
+                q = q.to(k_cache_ptr.dtype.element_ty)
+            if ONE_TILE:
+                m, mass, acc = _take_tile(
+                    q, k, v, slope, m, mass, acc, begin, end, position, scaling, softcap,
+                    HAS_SOFTCAP, BLOCK_T, DOT,
                 )  # fmt: skip
             else:
-                m, mass, acc = _sum_loop(
-                    q, slope, m, mass, acc, k_ptr, v_ptr, begin, end, position, scaling, softcap,
-                    D, HAS_SOFTCAP, BLOCK_D, BLOCK_T, STAGES,
-                )  # fmt: skip
+                for at in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
+                    k = _load_tile(k_ptr, at, end, D, BLOCK_D, BLOCK_T)
+                    v = _load_tile(v_ptr, at, end, D, BLOCK_D, BLOCK_T)
+                    m, mass, acc = _take_tile(
+                        q, k, v, slope, m, mass, acc, at, end, position, scaling, softcap,
+                        HAS_SOFTCAP, BLOCK_T, DOT,
+                    )  # fmt: skip
             out_row = b * SH
             mask = head[:, None] & (j < D)[None, :]
             if SPLITS == 1:

@@ -45,24 +45,27 @@ def plan(items: int, tokens: int, d: int, size: int, heads: int, device: torch.d
         heads: of a group.
         device: whose processors are to be filled.
 
-    Few items: about four programs per processor, whose tiles stay in registers, a few heads at a
-    time (8192 products; with head size 128 that takes 253 registers, so two of them run at once).
-    Many: pipelined tiles of K and V of 8 KB, or of 16 KB
-    where tensor cores hold them, far over the 18 KB in flight that 3 TB/s takes; up to 16 programs
-    per processor one after another, so that the last of them is short, but no split under 256
-    tokens.
+    Few items: one tile of K and one of V in registers for every program, asked for before the
+    projection has ended, so that latencies pass once and side by side; tiles of 32 KB, or smaller
+    ones where those would leave processors idle. Eight warps: four would take 255 registers each.
+    Many: pipelined tiles of 8 KB, or of 16 KB for several heads, far over the 18 KB in flight that
+    3 TB/s takes; up to 16 programs per processor one after another, so that the last of them is
+    short, but no split under 256 tokens. Tensor cores serve two-byte caches, and groups of several
+    heads.
     """
-    if not items:
-        return Plan(16, 1, 4, 1, heads > 8)
-    fill = min(4 * processors(device) // items, -(-tokens // 32))
+    dot, row = heads > 1 or size == 2, power_of_two(d) * size
+    tiles = [t for t in (32768 // row, 16384 // row, 8192 // row) if t >= 16] or [16]
+    filling = [t for t in tiles if 2 * items * -(-tokens // t) >= 3 * processors(device)]
+    block_t = filling[0] if filling else tiles[-1]
+    splits = max(1, -(-tokens // block_t))
+    if splits <= 64 and items * splits <= 16 * processors(device):
+        return Plan(block_t, splits, 8, 1, dot)
     level = min(16 * processors(device) // items, tokens // 256)
-    if fill > level and heads <= 8:
-        block_t = max(16, min(64, 8192 // (power_of_two(d) * power_of_two(heads))))
-        return Plan(block_t, max(1, min(128, fill)), 4, 1)
+    fill = min(4 * processors(device) // items, -(-tokens // 32)) // 2
     wide = heads > 1 and size == 2
-    block_t = max(16, min(128, (16384 if wide else 8192) // (power_of_two(d) * size)))
-    splits = max(1, min(128, max(fill // 2, level)))
-    return Plan(block_t, splits, 8 if heads > 32 else 4, 3 if wide else 4, heads > 1)
+    block_t = max(16, min(128, (16384 if wide else 8192) // row))
+    splits = max(1, min(128, max(fill, level)))
+    return Plan(block_t, splits, 8 if heads > 32 else 4, 3 if wide else 4, dot)
 
 
 def check(
@@ -213,7 +216,7 @@ def launch(
         BLOCK_G=WRITER_GROUPS,
         BLOCK_S=min(power_of_two(p.splits), max(1, 8192 // (together * block_d))),
         STAGES=p.stages,
-        PREFETCH=q.device.type == "cuda" and not interpreted(),
+        ONE_TILE=p.splits * p.block_t >= tokens,
         UPCAST=interpreted(),
         EARLY=early,
         num_warps=p.warps,

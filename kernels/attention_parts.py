@@ -1,4 +1,4 @@
-"""The parts of the attention kernel: rotation, online softmax over a split, merge of the splits.
+"""The parts of the attention kernel: rotation, online softmax over a tile, merge of the splits.
 
 Scores are kept in base 2. A partial result of a head over a split is its highest score m, its mass
 l = Σ 2^(s − m) and the sum of 2^(s − m) · v, so that partial results join exactly.
@@ -10,22 +10,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _prefetch(ptr, elements):  # type: ignore[no-untyped-def]
-    """Asks L2 for the first 16 KB at ptr, in 128-byte lines: loads that hold no register."""
-    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-    line = tl.minimum(tl.arange(0, 128) * LINE, elements - 1)
-    address = (ptr + line).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -78,91 +62,53 @@ def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _sum_loop(  # type: ignore[no-untyped-def]
-    q,
-    slope,
-    m,
-    mass,
-    acc,
-    k_ptr,
-    v_ptr,
-    begin,
-    end,
-    position,
-    scaling,
-    softcap,
-    D: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Online softmax of a few heads over tokens [begin, end), with products and sums.
-
-    With one stage the tiles stay in registers, which was faster inside a whole step on an H100
-    than pipelined tiles in shared memory; why is not established.
-    """
-    j = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < end)[:, None] & (j < D)[None, :]
-        at = t[:, None] * D + j[None, :]
-        k = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scaling
-        s = _capped(s, softcap, HAS_SOFTCAP) + slope[:, None] * (t - position)[None, :]
-        s = tl.where((t < end)[None, :], s, -float("inf"))
-        higher = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(m - higher)
-        mass = mass * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v[None, :, :], axis=1)
-        m = higher
-    return m, mass, acc
+def _load_tile(ptr, start, end, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens [start, start + BLOCK_T) of a group's cache; zero from ``end`` on."""
+    j, t = tl.arange(0, BLOCK_D), start + tl.arange(0, BLOCK_T)
+    mask = (t < end)[:, None] & (j < D)[None, :]
+    return tl.load(ptr + t[:, None] * D + j[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _dot_loop(  # type: ignore[no-untyped-def]
+def _take_tile(  # type: ignore[no-untyped-def]
     q,
+    k,
+    v,
     slope,
     m,
     mass,
     acc,
-    k_ptr,
-    v_ptr,
-    begin,
+    start,
     end,
     position,
     scaling,
     softcap,
-    D: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """Online softmax of a group's heads over tokens [begin, end), on the tensor cores."""
-    j = tl.arange(0, BLOCK_D)
-    if not UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
-        q = q.to(k_ptr.dtype.element_ty)
-    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < end)[:, None] & (j < D)[None, :]
-        at = t[:, None] * D + j[None, :]
-        k = tl.load(k_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        s = _capped(s, softcap, HAS_SOFTCAP) + slope[:, None] * (t - position)[None, :]
-        s = tl.where((t < end)[None, :], s, -float("inf"))
-        higher = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - higher[:, None]).to(v.dtype)  # rounded before it is summed, too
-        shrink = tl.exp2(m - higher)
-        mass = mass * shrink + tl.sum(p.to(tl.float32), axis=1)
-        acc = acc * shrink[:, None] + tl.dot(p, v, input_precision="ieee")
-        m = higher
-    return m, mass, acc
+    """Online softmax over one tile: q (R, BLOCK_D), k and v (BLOCK_T, BLOCK_D).
+
+    Tensor cores pay even for one head padded to 16: sums over d take hundreds of shuffles a tile.
+    """
+    t = start + tl.arange(0, BLOCK_T)
+    if DOT:
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scaling
+    else:
+        s = tl.sum(q[:, None, :] * k.to(tl.float32)[None, :, :], axis=2) * scaling
+    s = _capped(s, softcap, HAS_SOFTCAP) + slope[:, None] * (t - position)[None, :]
+    s = tl.where((t < end)[None, :], s, -float("inf"))
+    higher = tl.maximum(m, tl.max(s, axis=1))
+    p = tl.exp2(s - higher[:, None])
+    shrink = tl.exp2(m - higher)
+    if DOT:
+        p = p.to(q.dtype)  # rounded before it is summed, too
+        acc = acc * shrink[:, None] + tl.dot(p, v.to(q.dtype), input_precision="ieee")
+    else:
+        weighed = p[:, :, None] * v.to(tl.float32)[None, :, :]
+        acc = acc * shrink[:, None] + tl.sum(weighed, axis=1)
+    mass = mass * shrink + tl.sum(p.to(tl.float32), axis=1)
+    return higher, mass, acc
 
 
 @triton.jit

@@ -89,7 +89,9 @@ def test_lengths_and_splits(group: int, ends: tuple[int, ...], device: torch.dev
     for chosen in (
         Plan(16, 1, 4, 1),
         Plan(32, 3, 4, 2),
-        Plan(16, 9, 4, 3),
+        Plan(16, 2, 4, 3),
+        Plan(16, 9, 4, 1),
+        Plan(64, 2, 4, 1, dot=True),
         Plan(32, 3, 4, 2, dot=True),
     ):
         own = {"chosen": chosen}
@@ -182,11 +184,13 @@ def test_a_wrong_result_is_caught(device: torch.device) -> None:
 
 def test_plan_fills_the_processors() -> None:
     cpu = torch.device("cpu")  # counted as four processors
-    assert plan(1, 4096, 128, 2, 1, cpu).splits == 16
-    assert plan(1, 64, 128, 2, 1, cpu).splits == 2
+    assert plan(1, 2048, 128, 2, 1, cpu) == Plan(128, 16, 8, 1, dot=True)  # a tile a program
+    assert plan(1, 200, 128, 2, 1, cpu) == Plan(32, 7, 8, 1, dot=True)
+    assert plan(1, 16384, 128, 2, 1, cpu).splits == 64  # several tiles a program
     assert plan(64, 4096, 128, 2, 1, cpu).splits == 1
     assert plan(0, 64, 128, 2, 1, cpu).splits == 1
     assert plan(4, 4096, 256, 4, 4, cpu).block_t == 16
+    assert not plan(1, 64, 128, 4, 1, cpu).dot
 
 
 @pytest.mark.parametrize(
