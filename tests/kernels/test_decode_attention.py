@@ -188,7 +188,6 @@ def test_plan_fills_the_processors() -> None:
     assert plan(1, 200, 128, 2, 1, cpu) == Plan(32, 7, 8, 1, dot=True)
     assert plan(1, 16384, 128, 2, 1, cpu).splits == 64  # several tiles a program
     assert plan(64, 4096, 128, 2, 1, cpu).splits == 1
-    assert plan(0, 64, 128, 2, 1, cpu).splits == 1
     assert plan(4, 4096, 256, 4, 4, cpu).block_t == 16
     assert not plan(1, 64, 128, 4, 1, cpu).dot
 
