@@ -19,17 +19,24 @@ from gnomon.kernels import cpu_library
 from gnomon.policies import DejaVu, Dense, DenseInt8, Oracle, Random, Shadow, Static
 from gnomon.runtime import gathered
 from gnomon.runtime.backends import choose_backend
-from gnomon.tiny import tiny_host
+from gnomon.tiny import tiny_host as tiny_host_on_cpu
 from tolerances import TOLERANCE, relative_rms
 
 HALF = Budget(density=0.5)
 GREEDY = {"do_sample": False, "pad_token_id": 256, "eos_token_id": None}
 COMPUTE = BACKENDS[1:]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton runs
 NAMES = [name for name in POLICIES if name != "oracle"]
 
 
+def tiny_host(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    model, tokenizer = tiny_host_on_cpu(*args, **kwargs)
+    return model.to(DEVICE), tokenizer
+
+
 def ids_of(rows: int = 1, length: int = 9, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (rows, length), generator=generator).to(DEVICE)
 
 
 def steps(
@@ -219,11 +226,12 @@ def test_token_refresh_copies_no_weights_and_prompt_refresh_copies_once(
     made: list[int] = []
     of = gathered.Compact.of
     monkeypatch.setattr(gathered.Compact, "of", lambda *a: made.append(1) or of(*a))
-    model, _ = tiny_host("llama", hidden_size=64, intermediate_size=512, vocab_size=260)
+    model, _ = tiny_host_on_cpu("llama", hidden_size=64, intermediate_size=512, vocab_size=260)
     linears = 5 * (3 - 1)  # q, out, gate, up, down of the layers that a shadow decides
     for name, copies in (("shadow", 0), ("shadow-prompt", linears)):
         made.clear()
-        policy, forced = POLICIES[name](model, Budget(neurons=0.5, heads=0.5)), text(more=4)
+        policy = POLICIES[name](model, Budget(neurons=0.5, heads=0.5))
+        forced = [ids.cpu() for ids in text(more=4)]
         with torch.no_grad(), gnomon.sparsify(model, policy, backend="torch"):
             cache = model(forced[0], use_cache=True).past_key_values
             model(forced[1], past_key_values=cache)
@@ -246,7 +254,7 @@ def test_token_refresh_copies_no_weights_and_prompt_refresh_copies_once(
 )
 def test_generate_equals_mask(name: str, cache: str | None, backend: str) -> None:
     model, _ = tiny_host("llama")
-    batch, mask = ids_of(rows=2), torch.ones(2, 9, dtype=torch.long)
+    batch, mask = ids_of(rows=2), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
     batch[0, :4], mask[0, :4] = 256, 0
     outs = []
     for which in ("mask", backend):
@@ -311,7 +319,7 @@ def test_a_context_that_decides_neurons_is_read_without_skipped_heads() -> None:
 
 
 def test_auto_takes_what_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = tiny_host("llama")
+    model, _ = tiny_host_on_cpu("llama")
     means = {k: torch.rand(3, describe(model).units(k)) for k in KINDS}
 
     def chosen(policy, backend: str = "auto") -> str:
