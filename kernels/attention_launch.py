@@ -214,7 +214,7 @@ def launch(
         BLOCK_D=block_d,
         BLOCK_T=p.block_t,
         BLOCK_G=WRITER_GROUPS,
-        BLOCK_S=min(power_of_two(p.splits), max(1, 8192 // (together * block_d))),
+        BLOCK_S=min(16, p.splits, max(1, 16384 // (together * block_d))),
         STAGES=p.stages,
         ONE_TILE=p.splits * p.block_t >= tokens,
         UPCAST=interpreted(),
