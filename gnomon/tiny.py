@@ -27,7 +27,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _GATED | {"sliding_window": None},
     "qwen2": _GATED,
     "qwen3": _GATED | {"head_dim": 8},
-    "gemma2": _GATED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    "gemma2": _GATED
+    | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
+    | {"attn_implementation": "eager"},  # SDPA, which transformers 5.17 takes, has no soft cap
     "gemma3_text": _GATED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
