@@ -56,7 +56,7 @@ def _rotated(  # type: ignore[no-untyped-def]
 @triton.jit
 def _capped(s, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores, soft-capped, in base 2."""
-    if HAS_SOFTCAP:  # tanh(z) = 1 - 2 / (e^(2z) + 1), without libdevice; its series where that cancels
+    if HAS_SOFTCAP:  # tanh(z) = 1 - 2 / (e^(2z) + 1), without libdevice; a series where it cancels
         z = s / softcap
         z2 = z * z
         near = z * (1.0 - z2 * (0.33333334 - z2 * (0.13333334 - z2 * 0.05396825)))

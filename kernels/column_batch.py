@@ -21,7 +21,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.row_gather import _rows
+    from gnomon.kernels.gather_common import _rows
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 

@@ -22,7 +22,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.row_gather import _rows
+    from gnomon.kernels.gather_common import _rows
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -118,10 +118,10 @@ if triton is not None:
         HAS_RESIDUAL: tl.constexpr,
         BATCH: tl.constexpr,
         SPLITS: tl.constexpr,
-        SPLITS_POW2: tl.constexpr,
         UNROLL: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        CHUNK: tl.constexpr,
         PDL: tl.constexpr,
         EARLY: tl.constexpr,
     ):
@@ -178,12 +178,16 @@ if triton is not None:
         if last:
             if SPLITS > 1:
                 tl.store(ticket, 0)
-                s = tl.arange(0, SPLITS_POW2)
-                at = (b[:, None, None] * SPLITS + s[None, :, None]) * D + d[None, None, :]
-                held_s = inside[:, None, None] & (s < SPLITS)[None, :, None] & in_d[None, None, :]
-                y = tl.sum(
-                    tl.load(partial_ptr + at, mask=held_s, other=0.0, cache_modifier=".cg"), axis=1
-                )
+                y = tl.zeros((BATCH, BLOCK_D), dtype=tl.float32)
+                for start in range(0, SPLITS, CHUNK):
+                    for i in tl.static_range(CHUNK):  # independent loads, sums within a thread
+                        s = start + i + tl.zeros((BATCH,), dtype=tl.int32)
+                        y += tl.load(
+                            partial_ptr + (b * SPLITS + s)[:, None] * D + d[None, :],
+                            mask=mask & (s < SPLITS)[:, None],
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
             if HAS_BIAS:
                 y += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
             if HAS_RESIDUAL:
@@ -245,10 +249,10 @@ def column_gather_triton(
         HAS_RESIDUAL=residual is not None,
         BATCH=together,
         SPLITS=splits,
-        SPLITS_POW2=power_of_two(splits),
         UNROLL=unroll,
         ROWS=warps,
         BLOCK_D=block_d,
+        CHUNK=-(-splits // -(-splits // 16)),
         EARLY=index is None or early,
         num_warps=warps,
         **pdl(x.device),

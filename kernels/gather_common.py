@@ -103,3 +103,11 @@ if triton is not None:
             z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
             x = x * tl.sigmoid(2.0 * z)  # 0.5 (1 + tanh z), without libdevice
         return x
+
+    @triton.jit
+    def _rows(r, end, index_ptr, own, UNIT: tl.constexpr, HAS_INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Weight rows of compact rows r, through the list if there is one."""
+        row = r
+        if HAS_INDEX:
+            row = tl.load(index_ptr + own + r // UNIT, mask=r < end, other=0) * UNIT + r % UNIT
+        return row

@@ -22,7 +22,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _activate
+    from gnomon.kernels.gather_common import _activate, _rows
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -203,14 +203,6 @@ if triton is not None:
                 mask=inside[:, None] & live[None, :],
             )
 
-    @triton.jit
-    def _rows(r, end, index_ptr, own, UNIT: tl.constexpr, HAS_INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Weight rows of compact rows r, through the list if there is one."""
-        row = r
-        if HAS_INDEX:
-            row = tl.load(index_ptr + own + r // UNIT, mask=r < end, other=0) * UNIT + r % UNIT
-        return row
-
 
 def launch_rows(
     x: Tensor,
@@ -285,13 +277,15 @@ def launch_rows(
 def _tiles(rows: int, weight: Tensor, batch: int, device: torch.device) -> tuple[int, int, int]:
     """Rows of a block, programs, warps.
 
-    Two programs of 8 warps per processor with 16 KB blocks reached 2.97 TB/s of 3.1 on an H100
-    (Llama-2-7B gate and up, bf16); smaller blocks leave too few bytes in flight.
+    Sixteen warps per processor, four of them on blocks of 8 KB: whole steps of Llama-3-8B were 3 %
+    faster on an H100 than with programs of eight warps on 16 KB. Prefetching later blocks into L2
+    while the launch before drains gained nothing. A block of int8 has as many numbers as one of
+    bf16: twice as many were a tenth to a fifth slower. (benchmarks/results/decode/tried.md)
     """
     width = power_of_two(weight.shape[1])
-    tile = max(1, min(32, 16384 // (width * max(2, weight.element_size()) * min(batch, 2))))
-    warps = 16 if width > 8192 else 8
-    return tile, max(1, min(-(-rows // tile), 2 * processors(device))), warps
+    tile = max(1, min(32, 8192 // (width * max(2, weight.element_size()) * min(batch, 2))))
+    warps = max(4, min(16, power_of_two(width * batch // 1024)))  # at most 64 registers hold x
+    return tile, max(1, min(-(-rows // tile), 16 // warps * processors(device))), warps
 
 
 def row_gather_triton(
