@@ -1,0 +1,144 @@
+"""Every Triton kernel once on small odd shapes, for compute-sanitizer; results are checked too.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gnomon.kernels.column_gather import column_gather_reference, column_gather_triton
+from gnomon.kernels.compact import compact_mask_reference, compact_mask_triton, slots_triton
+from gnomon.kernels.decode_attention import decode_attention_reference, decode_attention_triton
+from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_triton
+from gnomon.kernels.norm_add import norm_add_reference, norm_add_triton
+from gnomon.kernels.row_gather import row_gather_reference, row_gather_triton
+from gnomon.kernels.rowscaled_linear import (
+    quantize_rows,
+    rowscaled_linear,
+    rowscaled_linear_reference,
+)
+from gnomon.kernels.select import select_topk
+from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
+
+DEVICE = torch.device("cuda")
+TOLERANCE = 2e-2  # bf16 caches and weights; a stray read or write is far off, or NaN
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Standard normal numbers on the GPU."""
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def check(name: str, run: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
+    """Runs both and compares them."""
+    y, expected = run().double(), reference().double()
+    error = float((y - expected).norm() / expected.norm())
+    print(f"{name:28s} {error:.1e}", flush=True)
+    if not error < TOLERANCE:
+        raise SystemExit(f"{name} differs from its reference by {error:.1e}")
+
+
+def gathers(batch: int) -> None:
+    """Rows, columns and the FFN's first half, with lists shorter than their capacity."""
+    w, x = randn(300, 200), randn(batch, 200, dtype=torch.float32)
+    index = torch.randperm(300, device=DEVICE)[:77].int()
+    count = torch.tensor([70], dtype=torch.int32, device=DEVICE)
+    held = 70
+    check(
+        f"row_gather batch {batch}",
+        lambda: row_gather_triton(x, w, index, 1, count)[:, :held],
+        lambda: row_gather_reference(x, w, index, 1, count)[:, :held],
+    )
+    check(
+        f"ffn_up batch {batch}",
+        lambda: ffn_up_triton(x, w, w, index, count, "silu")[:, :held],
+        lambda: ffn_up(x.cpu(), w.cpu(), w.cpu(), index.cpu(), count.cpu(), "silu")[:, :held].to(
+            DEVICE
+        ),
+    )
+    h = randn(batch, 77, dtype=torch.float32)
+    for weights, scale in ((w, None), quantize_rows(w.float())):
+        check(
+            f"column_gather batch {batch} {str(weights.dtype)[6:]}",
+            lambda w=weights, s=scale: column_gather_triton(h, w, index, 1, count, s),
+            lambda w=weights, s=scale: column_gather_reference(h, w, index, 1, count, s),
+        )
+
+
+def attention(group: int, capacity: int, dtype: torch.dtype) -> None:
+    """A tile per program and several, shared groups and single heads."""
+    batch, groups, d = 2, 3, 64
+    caches = [randn(batch, groups, capacity, d, dtype=dtype) for _ in range(2)]
+    slot = torch.full((batch, groups * group), -1, dtype=torch.int32, device=DEVICE)
+    slot[:, ::2] = torch.arange(slot[:, ::2].shape[1], dtype=torch.int32, device=DEVICE)
+    q = randn(batch, slot[:, ::2].shape[1] * d, dtype=torch.float32)
+    new = randn(batch, groups * d, dtype=torch.float32)
+    position = torch.tensor([capacity - 1, 17], dtype=torch.int32, device=DEVICE)
+    args = (q, new, new)
+    check(
+        f"attention {group} {capacity} {str(dtype)[6:]}",
+        lambda: decode_attention_triton(*args, *(c.clone() for c in caches), position, slot),
+        lambda: decode_attention_reference(*args, *(c.clone() for c in caches), position, slot),
+    )
+
+
+def selections() -> None:
+    """Top-k, masks and places."""
+    scores = randn(3, 700, dtype=torch.float32)
+    check(
+        "select_topk",
+        lambda: select_topk(scores, 33, 33)[0],
+        lambda: scores.topk(33).indices.sort(-1).values,
+    )
+    mask = scores > 0.3
+    longest = int(mask.sum(-1).max())
+    index, count = compact_mask_triton(mask, longest)
+    expected = compact_mask_reference(mask, longest)[0]
+    held = torch.arange(longest, device=DEVICE) < count[:, None]
+    check("compact_mask", lambda: index * held, lambda: expected * held)
+    check("slots", lambda: slots_triton(index, count, 700) >= 0, lambda: mask)
+
+
+def rest() -> None:
+    """Norm, row-scaled and threshold products."""
+    x, gain = randn(2, 200, dtype=torch.float32), randn(200, dtype=torch.float32)
+    check(
+        "norm_add",
+        lambda: norm_add_triton(x, gain, None, "rms", 1e-6),
+        lambda: norm_add_reference(x, gain, None, "rms", 1e-6),
+    )
+    q, scale = quantize_rows(randn(300, 200, dtype=torch.float32))
+    check(
+        "rowscaled_linear",
+        lambda: rowscaled_linear(x, q, scale),
+        lambda: rowscaled_linear_reference(x, q, scale),
+    )
+    w, cut = randn(200, 300), torch.full((200,), 0.4, device=DEVICE)
+    check(
+        "threshold_gemv",
+        lambda: threshold_gemv(x, w, cut),
+        lambda: threshold_gemv_reference(x, w, cut),
+    )
+
+
+def main() -> None:
+    """Runs all of them."""
+    torch.manual_seed(0)
+    for batch in (1, 3, 8):
+        gathers(batch)
+    for group in (1, 4):
+        for capacity in (45, 5000):
+            attention(group, capacity, torch.bfloat16)
+    attention(2, 300, torch.float32)
+    selections()
+    rest()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
