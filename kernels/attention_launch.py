@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gnomon.kernels.gather_common import check_choice
-from gnomon.kernels.launch import TICKETS, interpreted, pdl, power_of_two, processors, tickets
+from gnomon.kernels.gather_common import check_choice, check_range
+from gnomon.kernels.launch import (
+    TICKETS,
+    debugging,
+    interpreted,
+    pdl,
+    power_of_two,
+    processors,
+    tickets,
+)
 
 try:
     import triton
@@ -114,6 +122,11 @@ def check(
             raise ValueError(
                 f"{field} is {places.dtype} {tuple(places.shape)}; use int32 ({batch} or 1, {n})"
             )
+        if debugging() and places is not None:
+            most = (q if field == "slot" else k_new).shape[1] // d
+            check_range(field, places, -1, most)
+    if debugging():
+        check_range("position", position, 0, k_cache.shape[2])
     if (cos is None) != (sin is None) or (cos is not None and cos.shape[1] > d):
         raise ValueError(f"cos and sin must both be (P, rot), rot <= d={d}, or both None")
     if alibi is not None and alibi.shape != (heads,):

@@ -59,7 +59,7 @@ def column_gather_reference(
     Raises:
         ValueError: a list that does not fit the batch.
     """
-    check_list(index, count, x.shape[0])
+    check_list(index, count, x.shape[0], weight_t.shape[0] // block)
     x32 = x.float()
     if index is None:
         y = _weigh(x32, weight_t, slice(None), scale)
@@ -208,7 +208,7 @@ def column_gather_triton(
     early: bool = False,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
-    check_list(index, count, x.shape[0])
+    check_list(index, count, x.shape[0], weight_t.shape[0] // block)
     batch, width = x.shape[0], weight_t.shape[1]
     slots = weight_t.shape[0] // block if index is None else index.shape[-1]
     own = index is not None and index.dim() == 2 and index.shape[0] > 1

@@ -129,8 +129,8 @@ def rows(
     index, block, count = lists
     gain, shift, norm, eps = norms
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0])
     weight, scale, bias = up
+    check_list(index, count, x.shape[0], weight.shape[0] // block)
     gate_weight, gate_scale, gate_bias = (None, None, None) if gate is None else gate
     (batch, width), n = x.shape, weight.shape[0]
     slots = n // block if index is None else index.shape[-1]
@@ -167,8 +167,8 @@ def columns(
 ) -> Tensor:
     """Sum over kept channels, (B, D) fp32; x is compact, or (B, N) where ``whole``."""
     index, block, count = lists
-    check_list(index, count, x.shape[0])
     (n, width), batch = weight_t.shape, x.shape[0]
+    check_list(index, count, batch, n // block)
     slots = n // block if index is None else index.shape[-1]
     y = torch.empty(batch, width)
     held: list[Tensor] = []

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gnomon.kernels.launch import debugging
+
 try:
     import triton
     import triton.language as tl
@@ -71,8 +73,11 @@ def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(allowed)}")
 
 
-def check_list(index: Tensor | None, count: Tensor | None, batch: int) -> None:
-    """Raises ValueError for a list of the wrong type or number of rows."""
+def check_list(index: Tensor | None, count: Tensor | None, batch: int, units: int) -> None:
+    """Raises ValueError for a list of the wrong type or number of rows.
+
+    With ``GNOMON_DEBUG=1`` also for an entry outside 0..units - 1, which waits for the device.
+    """
     if index is None:
         if count is not None:
             raise ValueError("count is given without index: a count belongs to a list")
@@ -86,6 +91,30 @@ def check_list(index: Tensor | None, count: Tensor | None, batch: int) -> None:
     if count is not None and count.numel() != (index.shape[0] if index.dim() == 2 else 1):
         raise ValueError(
             f"count holds {count.numel()} numbers for an index of {tuple(index.shape)}"
+        )
+
+    if debugging():
+        held = index if index.dim() == 2 else index[None]
+        place = torch.arange(held.shape[-1], device=held.device)
+        inside = None if count is None else place < count.view(-1, 1)
+        check_range("index", held, 0, units, inside)
+
+
+def check_range(
+    field: str, values: Tensor, low: int, high: int, held: Tensor | None = None
+) -> None:
+    """Raises ValueError where a value, of those that are ``held``, is outside low..high - 1.
+
+    Inside the capture of a CUDA graph, which cannot wait, the device asserts at every replay.
+    """
+    wrong = (values < low) | (values >= high)
+    wrong = wrong if held is None else wrong & held
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(~wrong.any(), f"{field} holds a value outside {low}..{high - 1}")
+        return
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{field} holds {int(values[wrong][0])}, which is outside {low}..{high - 1}"
         )
 
 

@@ -100,7 +100,7 @@ def ffn_up_triton(
     """Launches the kernel; same arguments, result and errors as the reference."""
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0])
+    check_list(index, count, x.shape[0], up.shape[0])
     return launch_rows(
         x,
         up,

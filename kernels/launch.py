@@ -33,6 +33,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def debugging() -> bool:
+    """Whether indices are checked against what they index: ``GNOMON_DEBUG=1``."""
+    return os.environ.get("GNOMON_DEBUG") == "1"
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two >= n."""
     return 1 << max(0, n - 1).bit_length()

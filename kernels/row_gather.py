@@ -66,7 +66,7 @@ def row_gather_reference(
         ValueError: unknown norm, or a list that does not fit the batch.
     """
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0])
+    check_list(index, count, x.shape[0], weight.shape[0] // block)
     x32 = normalise(x, norm, norm_weight, norm_bias, eps)
     if index is None:
         y = _affine(x32, weight, slice(None), scale, bias)
@@ -305,7 +305,7 @@ def row_gather_triton(
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0])
+    check_list(index, count, x.shape[0], weight.shape[0] // block)
     return launch_rows(
         x,
         weight,
