@@ -207,6 +207,7 @@ def test_tasks_that_generate_run_sparsely(host: Any) -> None:
     lm = open_lm(model, tokenizer, 2)
     dense = lm.generate_until([ask_for], disable_tqdm=True)
     with gnomon.sparsify(model, policy) as lm.session:
+        lm._loglikelihood_tokens(requests(tokenizer)[4:5])  # its boundary is not the next prompt's
         found = lm.generate_until([ask_for], disable_tqdm=True)
         ids = torch.tensor([tokenizer(context)["input_ids"]])
         out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=256)
