@@ -94,25 +94,33 @@ def are_apart(model: nn.Module, spec: HostSpec) -> tuple[bool, bool]:
     """Whether the q, k, v of one head, and the gate and up of one neuron, reach no other unit.
 
     True without a trial where nothing but linears of the spec has parameters there. False where
-    the trial cannot be made.
+    the trial fails.
     """
     first = spec.layers[0]
-    alone = [_only_linears(model, spec, path) for path in (first.out, first.down)]
-    heads = alone[0] or _once(model, spec, "heads", lambda: _heads_stay(model, spec))
-    neurons = alone[1] or _once(
-        model, spec, "neurons", lambda: _neurons_stay(model, spec, spec.gate_up)
+    heads, neurons = (_others(model, spec, path) for path in (first.out, first.down))
+    if weight_is_meta(model):  # no trial without numbers: a vector over all units is a norm
+        return (spec.H * spec.d,) not in heads.values(), (spec.F,) not in neurons.values()
+    stay = lambda: _neurons_stay(model, spec, spec.gate_up)  # noqa: E731
+    return (
+        not heads or bool(_once(model, spec, "heads", lambda: _heads_stay(model, spec))),
+        not neurons or bool(_once(model, spec, "neurons", stay)),
     )
-    return bool(heads), bool(neurons)
 
 
-def _only_linears(model: nn.Module, spec: HostSpec, path: str) -> bool:
-    """Whether the sublayer that holds a projection has parameters of the spec's linears alone."""
+def weight_is_meta(model: nn.Module) -> bool:
+    """Whether the host's embeddings hold no numbers here (meta device, or offloaded)."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return embeddings.weight.is_meta
+
+
+def _others(model: nn.Module, spec: HostSpec, path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters beside the spec's linears in the sublayer of a projection."""
     layer = spec.layers[0].path
     child, _, inside = path.removeprefix(f"{layer}.").partition(".")
     sublayer = f"{layer}.{child}" if inside else layer
-    names = (name for name, _ in model.get_submodule(sublayer).named_parameters())
-    owners = {f"{sublayer}.{name}".rpartition(".")[0] for name in names}
-    return owners <= set(spec.layers[0].linears)
+    found = {f"{sublayer}.{n}": p for n, p in model.get_submodule(sublayer).named_parameters()}
+    ours = set(spec.layers[0].linears)
+    return {n: tuple(p.shape) for n, p in found.items() if n.rpartition(".")[0] not in ours}
 
 
 def _qkv_that_fit(model: nn.Module, spec: HostSpec) -> Iterator[Layout]:

@@ -141,7 +141,7 @@ def test_hash_is_the_same_in_every_dtype_and_differs_across_seeds(family: str) -
     spec = describe(model)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         again = describe(copy.deepcopy(model).to(dtype))
-        assert (again.fingerprint, again.hash) == (spec.fingerprint, spec.hash)
+        assert again == spec  # layouts found by trial too
     other = describe(tiny_host(family, seed=1)[0])
     assert other.fingerprint != spec.fingerprint
     assert other.hash != spec.hash

@@ -179,6 +179,20 @@ def test_a_norm_over_all_heads_is_found_by_trial() -> None:
         assert describe(model).heads_apart is expected
 
 
+@pytest.mark.parametrize("family", ["opt", "qwen3", "olmo2", "llama"])
+def test_a_host_without_numbers_is_told_by_shapes(family: str) -> None:
+    """No trial on the meta device: bytes are accounted there as on the real one."""
+    model, _ = tiny_host(family)
+    with torch.device("meta"):
+        empty, _ = tiny_host(family)
+    real, meta = describe(model), describe(empty.to("meta"))
+    apart = (meta.heads_apart, meta.neurons_apart)
+    assert apart == (real.heads_apart, real.neurons_apart)
+    assert replace(HostBytes.of(empty, meta), dtype="") == replace(
+        HostBytes.of(model, real), dtype=""
+    )
+
+
 class _OverHeads(nn.Module):
     """An RMS norm of queries (B, T, H, d) over their last ``width`` numbers."""
 
