@@ -45,7 +45,11 @@ class Density:
 
 @dataclass(frozen=True)
 class HostBytes:
-    """Elements that a decoded token reads, by part, over all layers."""
+    """Elements that a decoded token reads, by part, over all layers.
+
+    ``whole`` are linears of which no unit's part can be skipped: q, k and v under a norm over all
+    heads (``HostSpec.heads_apart``), up and gate under one over all neurons.
+    """
 
     q_out: int
     kv_proj: int
@@ -55,6 +59,7 @@ class HostBytes:
     kv_per_token: int
     rows: int
     dtype: str
+    whole: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, spec: HostSpec) -> HostBytes:
@@ -62,6 +67,9 @@ class HostBytes:
         hidden, kv = spec.H * spec.d, spec.G * spec.d
         mats = 3 if spec.gated else 2
         linear = spec.L * (2 * hidden * spec.D + 2 * kv * spec.D + mats * spec.F * spec.D)
+        q_out = spec.L * (2 if spec.heads_apart else 1) * hidden * spec.D
+        kv_proj = spec.L * (2 if spec.heads_apart else 0) * kv * spec.D
+        ffn = spec.L * (mats if spec.neurons_apart else 1) * spec.F * spec.D
         tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
         head_weight = weight(model, spec.head)
         head = head_weight.numel()
@@ -69,14 +77,15 @@ class HostBytes:
         shared = head_weight is weight(model, spec.embed)
         rows = sum(m.weight.shape[1] for m in model.modules() if isinstance(m, nn.Embedding))
         return cls(
-            q_out=spec.L * 2 * hidden * spec.D,
-            kv_proj=spec.L * 2 * kv * spec.D,
-            ffn=spec.L * mats * spec.F * spec.D,
+            q_out=q_out,
+            kv_proj=kv_proj,
+            ffn=ffn,
             head=head,
             other=unique - linear - tables - (0 if shared else head) + rows,
             kv_per_token=spec.L * 2 * kv,
             rows=spec.L * (hidden + 2 * kv + 2 * spec.D + (mats - 1) * spec.F) + spec.V,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            whole=linear - q_out - kv_proj - ffn,
         )
 
 
@@ -197,7 +206,8 @@ def _least(policy: Policy) -> float:
 
 
 def _weights(host: HostBytes, heads: float, neurons: float, kv: float) -> float:
-    return host.q_out * heads + host.kv_proj * kv + host.ffn * neurons + host.head + host.other
+    always = host.whole + host.head + host.other
+    return host.q_out * heads + host.kv_proj * kv + host.ffn * neurons + always
 
 
 def _spread(refresh: str) -> float:

@@ -8,37 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gnomon.layout import Layout, are_apart, find_gate_up, find_qkv, qkv_blocks
+from gnomon.roles import (
+    HOW_TO_ADD,
+    REQUIRED,
+    ROLES,
+    UnsupportedHostError,
+    decoder_layers,
+    find_roles,
+    oriented,
+    shape,
+)
+
+__all__ = ["ROLES", "UnsupportedHostError"]  # theirs, and found here too
+
 UnitKind = Literal["heads", "neurons"]
 KINDS: tuple[UnitKind, UnitKind] = ("heads", "neurons")
+_ACTIVATIONS = {"bloom": "gelu_new", "mpt": "gelu"}  # of families whose configs do not say
+
 Site = Literal["layer_input", "attn_input", "attn_context", "ffn_input"]
 SITES: tuple[Site, ...] = ("layer_input", "attn_input", "attn_context", "ffn_input")
-
-# Leaf names of a decoder layer's linears, by role. A new architecture usually costs a name here.
-ROLES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "out": ("o_proj", "out_proj"),
-    "gate": ("gate_proj",),
-    "up": ("up_proj", "fc1"),
-    "down": ("down_proj", "fc2"),
-}
-REQUIRED = ("q", "k", "v", "out", "up", "down")
-
-
-class UnsupportedHostError(ValueError):
-    """The model's structure is not one that a host adapter describes."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Dotted module paths of one decoder layer; ``gate`` is None for a non-gated FFN."""
+    """Dotted module paths of one decoder layer; ``gate`` is None for a non-gated FFN.
+
+    Roles of one fused linear share its path; :meth:`HostSpec.blocks` says which rows are whose.
+    """
 
     path: str
     q: str
@@ -51,9 +54,9 @@ class LayerSpec:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths of every linear of the layer."""
+        """Paths of every linear of the layer, each once."""
         paths = (self.q, self.k, self.v, self.out, self.gate, self.up, self.down)
-        return tuple(p for p in paths if p is not None)
+        return tuple(dict.fromkeys(p for p in paths if p is not None))
 
 
 @dataclass(frozen=True, order=True)
@@ -82,6 +85,11 @@ class HostSpec:
         name: last component of the hub id or folder the host came from.
         revision: hub commit where known, else an empty string.
         fingerprint: identity of the weights from sign bits, the same in every dtype.
+        qkv: how q, k and v lie in one linear (:mod:`gnomon.layout`); ``separate`` for three.
+        gate_up: the same for gate and up.
+        heads_apart: q, k, v of one head reach no other head's context; else (a norm over all heads)
+            every one of them is computed, and a skipped head saves its out columns alone.
+        neurons_apart: the same for gate and up of a neuron.
     """
 
     family: str
@@ -101,6 +109,10 @@ class HostSpec:
     head: str
     layers: tuple[LayerSpec, ...]
     fingerprint: str
+    qkv: Layout = "separate"
+    gate_up: Layout = "separate"
+    heads_apart: bool = True
+    neurons_apart: bool = True
 
     @property
     def group_size(self) -> int:
@@ -111,12 +123,29 @@ class HostSpec:
     def hash(self) -> str:
         """16 hex digits over sizes, structure and weights; independent of name, path and dtype."""
         facts = asdict(self)
-        del facts["name"], facts["revision"]
+        for key in ("name", "revision", "qkv", "gate_up", "heads_apart", "neurons_apart"):
+            del facts[key]  # the last four follow from the rest
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def units(self, kind: UnitKind) -> int:
         """Units of one layer: H heads or F neurons."""
         return self.H if kind == "heads" else self.F
+
+    def blocks(self, role: str) -> Tensor:
+        """Blocks of rows that a role has in its linear: d rows for a head or group, 1 for a neuron.
+
+        Returns:
+            (H,) for ``q``, (G,) for ``k`` and ``v``, (F,) for ``gate`` and ``up``, in unit order.
+
+        Raises:
+            ValueError: a fused linear whose rows are in no known order.
+        """
+        if role in ("q", "k", "v"):
+            return qkv_blocks(self.qkv, role, self.H, self.G)
+        neurons = torch.arange(self.F)
+        if self.gate_up == "unknown":
+            raise ValueError("the rows of the fused gate_up linear are in no known order")
+        return neurons + self.F if self.gate_up == "blocks" and role == "up" else neurons
 
     def width(self, site: Site) -> int:
         """Width of the hidden state at a site."""
@@ -130,23 +159,23 @@ def describe(model: nn.Module) -> HostSpec:
         UnsupportedHostError: the structure is not understood; says what was found.
     """
     config = _config(model)
-    path, blocks = _decoder_layers(model, config.num_hidden_layers)
-    layers = tuple(_layer_spec(f"{path}.{i}", block) for i, block in enumerate(blocks))
+    family = config.model_type
+    path, blocks = decoder_layers(model, config.num_hidden_layers)
+    layers = tuple(
+        LayerSpec(path=f"{path}.{i}", **find_roles(family, f"{path}.{i}", block))
+        for i, block in enumerate(blocks)
+    )
+    _require_tensor_parallel_off(config)
     first = layers[0]
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shapes = {role: _shape(model, getattr(first, role)) for role in REQUIRED}
     for layer in layers[1:]:
         _require_same_shapes(model, first, layer)
+    sizes = _sizes(model, config, first)
     spec = HostSpec(
-        family=config.model_type,
+        family=family,
         name=_name(model),
         revision=getattr(config, "_commit_hash", None) or "",
         L=len(layers),
-        H=shapes["out"][1] // d,
-        G=shapes["k"][0] // d,
-        d=d,
-        D=shapes["out"][0],
-        F=shapes["down"][1],
+        **sizes,
         V=config.vocab_size,
         gated=first.gate is not None,
         activation=_activation(config),
@@ -156,8 +185,8 @@ def describe(model: nn.Module) -> HostSpec:
         layers=layers,
         fingerprint=_fingerprint(model, layers),
     )
-    _check(model, spec, shapes)
-    return spec
+    _check(model, spec)
+    return _laid_out(model, spec)
 
 
 def module(model: nn.Module, path: str) -> nn.Module:
@@ -166,59 +195,43 @@ def module(model: nn.Module, path: str) -> nn.Module:
 
 
 def weight(model: nn.Module, path: str) -> Tensor:
-    """The weight (out, in) of the linear at a dotted path."""
-    return model.get_submodule(path).weight  # type: ignore[return-value]
+    """The weight (out, in) of the linear at a dotted path; a view where it is stored turned."""
+    return oriented(model.get_submodule(path))
 
 
-def _decoder_layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
-    found = [
-        (name, child)
-        for name, child in model.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) == depth and _linears(child[0])
-    ]
-    if not found:
-        lists = {n: len(c) for n, c in model.named_modules() if isinstance(c, nn.ModuleList)}
+def _sizes(model: nn.Module, config: Any, layer: LayerSpec) -> dict[str, Any]:
+    """H, G, d, D and F from the shapes of a layer's linears; d alone needs the config."""
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    out, fused = _shape(model, layer.out), layer.q == layer.k
+    heads = out[1] // d
+    rows = _shape(model, layer.k)[0] // d
+    return {
+        "H": heads,
+        "G": (rows - heads) // 2 if fused else rows,
+        "d": d,
+        "D": out[0],
+        "F": _shape(model, layer.down)[1],
+    }
+
+
+def _laid_out(model: nn.Module, spec: HostSpec) -> HostSpec:
+    """The spec with what a trial of its first layer tells."""
+    spec = replace(spec, qkv=find_qkv(model, spec), gate_up=find_gate_up(model, spec))
+    heads, neurons = are_apart(model, spec)
+    return replace(spec, heads_apart=heads, neurons_apart=neurons)
+
+
+def _require_tensor_parallel_off(config: Any) -> None:
+    """BLOOM's exact mode reads slices of the projections' weights past the modules and hooks."""
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         raise UnsupportedHostError(
-            f"{type(model).__name__}: no list of {depth} decoder layers with linears; module lists "
-            f"found: {lists or 'none'}. {_HOW_TO_ADD}"
+            f"slow_but_exact=True with pretraining_tp={config.pretraining_tp} computes projections "
+            "outside their modules, where no unit can be masked: load it with slow_but_exact=False"
         )
-    return found[0]
-
-
-def _layer_spec(path: str, block: nn.Module) -> LayerSpec:
-    linears = _linears(block)
-    if any("experts" in name.split(".") for name, _ in block.named_modules()):
-        raise UnsupportedHostError(
-            f"{path} is a mixture of experts: its router already selects neurons, which Gnomon's "
-            "units do not describe. Use a dense host."
-        )
-    roles: dict[str, str] = {}
-    for role, names in ROLES.items():
-        hits = [name for name in linears if name.rpartition(".")[2] in names]
-        if len(hits) == 1:
-            roles[role] = f"{path}.{hits[0]}"
-    missing = [role for role in REQUIRED if role not in roles]
-    if missing:
-        shapes = {n: f"{m.in_features}->{m.out_features}" for n, m in linears.items()}
-        raise UnsupportedHostError(
-            f"{path} ({type(block).__name__}): no linear found for {', '.join(missing)}; linears "
-            f"found: {shapes or 'none'}. {_HOW_TO_ADD}"
-        )
-    return LayerSpec(path=path, **roles)
-
-
-_HOW_TO_ADD = (
-    "To describe it, add its names to ROLES in gnomon/host.py (CONTRIBUTING.md, 'A host')."
-)
-
-
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _shape(model: nn.Module, path: str) -> tuple[int, int]:
-    linear = model.get_submodule(path)
-    return linear.out_features, linear.in_features  # type: ignore[return-value]
+    return shape(model.get_submodule(path))
 
 
 def _require_same_shapes(model: nn.Module, first: LayerSpec, layer: LayerSpec) -> None:
@@ -227,34 +240,42 @@ def _require_same_shapes(model: nn.Module, first: LayerSpec, layer: LayerSpec) -
         if (a is None) != (b is None) or (a and _shape(model, a) != _shape(model, b)):
             raise UnsupportedHostError(
                 f"{layer.path} differs from {first.path} in {role}: layers must be "
-                f"alike. {_HOW_TO_ADD}"
+                f"alike. {HOW_TO_ADD}."
             )
 
 
-def _check(model: nn.Module, spec: HostSpec, shapes: dict[str, tuple[int, int]]) -> None:
+def _check(model: nn.Module, spec: HostSpec) -> None:
+    first, groups = spec.layers[0], spec.G * spec.d
     expected = {
         "q": (spec.H * spec.d, spec.D),
-        "k": (spec.G * spec.d, spec.D),
-        "v": (spec.G * spec.d, spec.D),
+        "k": (groups, spec.D),
+        "v": (groups, spec.D),
         "out": (spec.D, spec.H * spec.d),
+        "gate": (spec.F, spec.D),
         "up": (spec.F, spec.D),
         "down": (spec.D, spec.F),
     }
-    wrong = {r: shapes[r] for r in REQUIRED if shapes[r] != expected[r]}
-    if wrong or spec.H % spec.G:
-        wanted = {r: expected[r] for r in wrong} or "H divisible by G"
+    if first.q == first.k:
+        expected |= dict.fromkeys("qkv", (spec.H * spec.d + 2 * groups, spec.D))
+    if first.gate == first.up:
+        expected |= dict.fromkeys(("gate", "up"), (2 * spec.F, spec.D))
+    roles = [*REQUIRED, *(["gate"] if spec.gated else [])]
+    shapes = {role: _shape(model, getattr(first, role)) for role in roles}
+    wrong = {role: found for role, found in shapes.items() if found != expected[role]}
+    if wrong or spec.G < 1 or spec.H % spec.G:
+        wanted = {role: expected[role] for role in wrong} or "H divisible by G"
         raise UnsupportedHostError(
             f"{type(model).__name__}: with {spec.H} heads of {spec.d} in {spec.G} groups expected "
-            f"{wanted}, found {wrong}. {_HOW_TO_ADD}"
+            f"{wanted}, found {wrong}. {HOW_TO_ADD}."
         )
 
 
 def _activation(config: object) -> str:
-    for key in ("hidden_activation", "hidden_act", "activation_function"):
+    for key in ("hidden_activation", "hidden_act", "activation_function", "activation"):
         value = getattr(config, key, None)
         if isinstance(value, str):
             return value
-    return "unknown"
+    return _ACTIVATIONS.get(getattr(config, "model_type", ""), "unknown")
 
 
 def _name(model: nn.Module) -> str:

@@ -22,16 +22,32 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": None,
 }
 _GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+_LONG = {"intermediate_size": 48}
+_HEADS = _GATED | {"head_dim": 8}
+_GEMMA = _HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 64}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _GATED,
     "mistral": _GATED | {"sliding_window": None},
     "qwen2": _GATED,
-    "qwen3": _GATED | {"head_dim": 8},
-    "gemma2": _GATED
-    | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
-    | {"attn_implementation": "eager"},  # SDPA, which transformers 5.17 takes, has no soft cap
-    "gemma3_text": _GATED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    "qwen3": _HEADS,
+    "gemma": _HEADS,
+    # SDPA, which transformers 5.17 takes, has no soft cap.
+    "gemma2": _GEMMA | {"attn_implementation": "eager"},
+    "gemma3_text": _GEMMA,
+    "phi3": _GATED,  # fused qkv, fused gate and up
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_inner": 48},  # Conv1D
+    "gpt_neox": _LONG | {"rotary_pct": 0.5},  # fused qkv by head, parallel residual
+    "falcon": {"ffn_hidden_size": 48},  # multi-query
+    "bloom": {},  # ALiBi; F is 4 D
+    "stablelm": _GATED | {"partial_rotary_factor": 0.5},
+    "olmo2": _GATED,  # norms after the sublayers, q and k norms over all heads
+    "granite": _GATED | {"residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "cohere": _GATED,  # parallel residual, scaled logits
+    "smollm3": _GATED | {"no_rope_layers": [1, 0, 1]},
+    "phi": _LONG,
+    "starcoder2": _GATED,
+    "glm4": _HEADS,  # separate q, k, v, fused gate and up
 }
 
 

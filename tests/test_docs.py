@@ -34,7 +34,7 @@ def test_commands_in_documents_compose(page: Path) -> None:
     """Every train.py and evaluate.py command shown takes the overrides that it shows."""
     for match in COMMAND.finditer(page.read_text(encoding="utf-8")):
         words = [w for w in match["rest"].split() if "=" in w and not w.startswith("-")]
-        overrides = [re.sub(r"<.*>?", "x", w).split(",")[0] for w in words if "hydra." not in w]
-        overrides = [w.rstrip("…") for w in overrides if not w.endswith("[quality")]
+        overrides = [re.sub(r"<.*>?", "x", w) for w in words if "hydra." not in w]
+        overrides = [re.split(r",(?![^\[]*\])", w)[0].rstrip("…") for w in overrides]
         with initialize_config_module("gnomon.conf", version_base="1.3"):
             compose(config_name=match[1], overrides=overrides)

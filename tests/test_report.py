@@ -84,7 +84,8 @@ def test_rows_hold_what_was_measured_and_nothing_else():
     bare = run()
     del bare["quality"], bare["brackets"]
     assert "ppl_ratio" not in rows_of(bare)[0]
-    assert "–" in markdown(rows_of(bare))
+    assert "| ppl |" in markdown(rows_of(run()))
+    assert "| ppl |" not in markdown(rows_of(bare))  # an empty column says nothing
 
 
 def test_shared_brackets_stand_once_and_give_way_to_runs_of_their_own():

@@ -22,18 +22,24 @@ NORMS = (
     "k_norm",
 )
 EMBEDDINGS = ("embed_tokens", "embed_positions", "project_in", "project_out")
-_READ = frozenset((*NORMS, *EMBEDDINGS, *(name for names in ROLES.values() for name in names)))
-# Factors in a forward that no module owns: Granite, MiniCPM, Cohere, OLMo, Llama 4, StableLM.
-_SCALINGS = (
+_LEAVES = (name.rpartition(".")[2] for names in ROLES.values() for name in names)
+_READ = frozenset((*NORMS, *EMBEDDINGS, *_LEAVES))
+# Factors in a forward that no module owns: Granite, MiniCPM, Cohere, OLMo, Llama 4. Neutral: 1.
+_FACTORS = (
     "residual_multiplier",
     "embedding_multiplier",
     "logits_scaling",
     "logit_scale",
     "scale_emb",
     "scale_depth",
+)
+# What a forward does if they are set at all: OLMo, Llama 4, StableLM and NeoX, Falcon, Gemma 3.
+_SWITCHES = (
     "clip_qkv",
     "attn_temperature_tuning",
     "use_parallel_residual",
+    "parallel_attn",
+    "alibi",
     "use_bidirectional_attention",
 )
 
@@ -53,6 +59,13 @@ def decoder_of(model: nn.Module, spec: HostSpec) -> nn.Module:
 
 def require_expressible(model: nn.Module, spec: HostSpec) -> None:
     """Raises UnsupportedHostError where the host computes what a step does not."""
+    if spec.qkv != "separate" or spec.gate_up != "separate":
+        fused = "q, k and v" if spec.qkv != "separate" else "gate and up"
+        raise unsupported(model, f"its {fused} are one linear")
+    for path in (path for layer in spec.layers for path in layer.linears):
+        linear = module(model, path)
+        if type(linear) is not nn.Linear:
+            raise unsupported(model, f"{path} is a {type(linear).__name__}, not a plain linear")
     unread = [
         name
         for name, _ in decoder_of(model, spec).named_parameters()
@@ -61,7 +74,11 @@ def require_expressible(model: nn.Module, spec: HostSpec) -> None:
     if unread:
         raise unsupported(model, f"it would not read {len(unread)} parameters such as {unread[0]}")
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-    for field in _SCALINGS:
+    for field in _FACTORS:
         value = getattr(config, field, None)
-        if value not in (None, False, 1):
+        if value is not None and value is not False and value != 1:
+            raise unsupported(model, f"{field}={value!r} in its config is not part of a step")
+    for field in _SWITCHES:
+        value = getattr(config, field, None)
+        if value:
             raise unsupported(model, f"{field}={value!r} in its config is not part of a step")

@@ -5,46 +5,46 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from gnomon.budget import Budget
-from gnomon.evaluation.bench import Bench
 from gnomon.evaluation.results import warn
 from gnomon.evaluation.rows import BRACKETS
 from gnomon.policies import POLICIES, Policy, build_policy
 
+Measure = Callable[[Policy, str], tuple[dict[str, Any], dict[str, Any]]]
+
 
 def measure_brackets(
-    bench: Bench,
+    results: dict[str, Any],
     policy: Policy,
     names: Sequence[str],
     means: Mapping[Any, Tensor] | None,
+    measure: Measure,
     *,
     seed: int = 0,
-    resamples: int = 2000,
-) -> list[dict[str, Any]]:
-    """Measures the brackets of a policy, each once per process for the same host, text and budget.
+) -> None:
+    """Measures the brackets of a policy and adds them to ``brackets`` of the results.
+
+    What cannot meet the budget is left out; that, and a bracket that is spread otherwise, is a
+    warning of the run. What another measure has found of a bracket is kept.
 
     Args:
-        bench: where.
+        results: of the run.
         policy: whose budget and batch setting the brackets take.
         names: of the brackets, any of ``BRACKETS``; the policy itself is left out.
         means: per-unit means for ``static``; None leaves that bracket out, with a warning.
-        seed: of the random policy and the bootstrap.
-        resamples: of the bootstrap.
-
-    Returns:
-        Objects ``{policy, density, quality}`` of results.json. What cannot meet the budget is left
-        out; that, and a bracket that is spread otherwise, is a warning of the run.
+        measure: makes the ``density`` and ``quality`` of a policy, given what tells it from others.
+        seed: of the random policy.
 
     Raises:
         ValueError: anything else that is wrong with a bracket.
     """
-    rows = []
+    rows = {row["policy"]: row for row in results.get("brackets", [])}
     for name in names:
         if name == policy.name:
             continue
@@ -52,21 +52,25 @@ def measure_brackets(
             warn("No predictor of this host holds per-unit means: bracket `static` left out")
             continue
         try:
-            rows.append(_measure(bench, policy, name, means, seed, resamples))
+            density, quality = measure(*_bracket(policy, name, means, seed))
         except ValueError as error:
             if not _is_about_budget(error):
                 raise
             warn(f"Bracket `{name}` left out: {error}")
-    return rows
+            continue
+        row = rows.setdefault(name, {"policy": name, "density": density, "quality": {}})
+        row["quality"] |= quality
+        if "texts" in quality:  # the density on text stands, as in the run's own row
+            row["density"] = density
+    if rows:
+        results["brackets"] = list(rows.values())
 
 
-def check_brackets(names: Sequence[str]) -> None:
-    """Raises ValueError for an unknown bracket."""
+def check_brackets(names: Sequence[str], field: str = "measure.quality.brackets") -> None:
+    """Raises ValueError for an unknown bracket, naming the field of the config."""
     unknown = [name for name in names if name not in BRACKETS]
     if unknown:
-        raise ValueError(
-            f"measure.quality.brackets={unknown[0]!r} is unknown; use {', '.join(BRACKETS)}"
-        )
+        raise ValueError(f"{field}={unknown[0]!r} is unknown; use {', '.join(BRACKETS)}")
 
 
 def identity(policy: Policy, params: Mapping[str, Any], source: str = "") -> str:
@@ -85,14 +89,10 @@ def means_digest(means: Mapping[Any, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _measure(
-    bench: Bench,
-    policy: Policy,
-    name: str,
-    means: Mapping[Any, Tensor] | None,
-    seed: int,
-    resamples: int,
-) -> dict[str, Any]:
+def _bracket(
+    policy: Policy, name: str, means: Mapping[Any, Tensor] | None, seed: int
+) -> tuple[Policy, str]:
+    """A bracket at the policy's budget, and what tells it from other policies."""
     params = {"seed": seed} if name == "random" else {}
     takes = inspect.signature(POLICIES[name]).parameters  # dense int8 has no budget and no batch
     batch = policy.batch if "batch" in takes else None
@@ -104,13 +104,7 @@ def _measure(
         )
     bracket = build_policy(name, budget, means, batch=batch, **params)
     about = identity(bracket, params, means_digest(means) if name == "static" and means else "")
-    measured = bench.measure(bracket, about)
-    quality = bench.perplexity(measured, resamples=resamples, seed=seed)
-    return {
-        "policy": name,
-        "density": measured.as_result(layers=False),
-        "quality": {"texts": {bench.blocks.name: quality.as_result()}},
-    }
+    return bracket, about
 
 
 def _is_about_budget(error: ValueError) -> bool:

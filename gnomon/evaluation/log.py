@@ -21,6 +21,9 @@ _LOGGED = (
     "ppl_ratio",
     "kl",
     "agreement",
+    "acc_dense",
+    "acc_sparse",
+    "acc_diff",
 )
 _TIMED = ("ms_dense", "ms_sparse", "ms_hf", "speedup", "speedup_ideal", "ttft_ms", "peak_bytes")
 

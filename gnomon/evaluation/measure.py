@@ -91,17 +91,16 @@ class Quality:
             quality["predictor"] = dict(subject.metrics)
         results["backend"] = measured.backend
         results["density"] = measured.as_result(layers=True)
-        results["quality"] = quality
-        rows = measure_brackets(
-            bench,
-            subject.policy,
-            self.brackets,
-            subject.means,
-            seed=self.seed,
-            resamples=self.resamples,
+        results["quality"] = results.get("quality", {}) | quality
+
+        def measure(policy: Policy, identity: str) -> tuple[dict[str, Any], dict[str, Any]]:
+            other = bench.measure(policy, identity)
+            found = bench.perplexity(other, resamples=self.resamples, seed=self.seed)
+            return other.as_result(layers=False), {"texts": {bench.blocks.name: found.as_result()}}
+
+        measure_brackets(
+            results, subject.policy, self.brackets, subject.means, measure, seed=self.seed
         )
-        if rows:
-            results["brackets"] = rows
 
     def _generate(self, bench: Bench, policy: Policy) -> dict[str, Any]:
         plan = self.generation

@@ -22,6 +22,7 @@ from gnomon.evaluation.speed_tables import (
     speed_rows,
 )
 from gnomon.evaluation.tables import csv_text, markdown, rich_table
+from gnomon.evaluation.task_tables import csv_tasks, markdown_tasks, rich_tasks, task_rows
 
 
 def console() -> Console:
@@ -36,6 +37,9 @@ def show_run(results: Mapping[str, Any], folder: Path, warning: str | None = Non
     rows = rows_of(results)
     if "quality" in results or "speed" not in results:
         out.print(rich_table(rows))
+    tasks = task_rows([results])
+    if tasks:
+        out.print(rich_tasks(tasks))
     speed = speed_rows(results)
     if speed:
         out.print(rich_speed(speed))
@@ -74,7 +78,7 @@ def sweep_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def show_sweep(folder: Path) -> list[Path]:
-    """Writes ``sweep.*``, and ``speed.*`` where timed, for a sweep; prints tables and paths."""
+    """Writes ``sweep.*``, ``tasks.*`` and ``speed.*`` for a sweep; prints tables and paths."""
     out = console()
     runs, missing = read_sweep(folder)
     rows, warnings = merge(runs), sweep_warnings(runs)
@@ -82,12 +86,16 @@ def show_sweep(folder: Path) -> list[Path]:
         out.print(f"[bold yellow]warning:[/] no {NAME} in {job}: that run failed", soft_wrap=True)
     if not rows:
         return []
-    speed = merge_speed(runs)
+    speed, tasks = merge_speed(runs), task_rows(runs)
     if any("quality" in results for results in runs) or not speed:
         out.print(rich_table(rows, warnings))
+    written = write_sweep(rows, folder, warnings)
+    if tasks:
+        out.print(rich_tasks(tasks))
+        written += write_tasks(tasks, folder)
     if speed:
         out.print(rich_speed(speed))
-    written = [*write_sweep(rows, folder, warnings), *(write_speed(speed, folder) if speed else [])]
+        written += write_speed(speed, folder)
     for path in written:
         out.print(str(path), highlight=False, soft_wrap=True)
     return written
@@ -100,6 +108,14 @@ def write_sweep(rows: Sequence[Row], folder: Path, warnings: Sequence[str] = ())
     write_atomic(text, markdown(rows, warnings))
     figure = [row for row in rows if "ppl_ratio" in row]
     return [table, text, *([sweep_figure(figure, folder / "sweep.png")] if figure else [])]
+
+
+def write_tasks(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes the tasks of a sweep as CSV and Markdown; returns their paths."""
+    table, text = folder / "tasks.csv", folder / "tasks.md"
+    write_atomic(table, csv_tasks(rows))
+    write_atomic(text, markdown_tasks(rows) + "\n")
+    return [table, text]
 
 
 def write_speed(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ COLUMNS = (
     "ci_high",
     "kl",
     "agreement",
+    "acc_dense",
+    "acc_sparse",
+    "acc_diff",
+    "acc_stderr",
     "recall",
     "mass",
     "spearman",
@@ -44,29 +49,44 @@ COLUMNS = (
 
 def rows_of(results: Mapping[str, Any]) -> list[Row]:
     """Rows of one run, for every text: the policy itself, then its brackets."""
+    return [row for base, quality in entries(results) for row in _rows(base, quality)]
+
+
+def entries(results: Mapping[str, Any]) -> Iterator[tuple[Row, Mapping[str, Any]]]:
+    """For the policy itself, then each bracket: a row without text, and what was measured."""
     policy = results["policy"]
     common = {
         "host": results["host"]["name"],
         "protocol": results["protocol"]["name"],
-        "backend": results["backend"],
         "seed": results["seed"],
     } | _present({"prompt": results["protocol"].get("prompt")})
     own = {key: policy[key] for key in ("refresh", "batch", "kv")} | {"policy": policy["name"]}
+    own["backend"] = results["backend"]  # a bracket may have run on another
     own |= _present({"predictor": predictor_label(policy.get("predictor"))})
-    rows = list(_rows(common | own, results["density"], results.get("quality", {})))
+    quality = results.get("quality", {})
+    yield common | own | _base(results["density"], quality), quality
     for bracket in results.get("brackets", []):
         named = common | {"policy": bracket["policy"], "bracket": True}
-        rows += _rows(named, bracket["density"], bracket["quality"])
-    return rows
+        quality = bracket["quality"]
+        yield named | _base(bracket["density"], quality), quality
 
 
 def merge(runs: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Rows of many runs; a bracket that several runs share, or that was run itself, stands once."""
+    return in_order(without_doubles([row for run in runs for row in rows_of(run)]))
+
+
+def without_doubles(every: Iterable[Row]) -> list[Row]:
+    """The rows, each bracket that is there already left out."""
     rows: list[Row] = []
-    every = [row for run in runs for row in rows_of(run)]
     for row in sorted(every, key=lambda row: bool(row.get("bracket"))):
         if not (row.get("bracket") and any(_same(row, other) for other in rows)):
             rows.append(row)
+    return rows
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By host and text, policies before brackets, dense to sparse."""
     return sorted(rows, key=_order)
 
 
@@ -85,8 +105,9 @@ def settings(rows: Sequence[Row]) -> dict[str, Any]:
     return {key: values.pop() for key, values in shared.items() if len(values) == 1}
 
 
-def _rows(common: Row, density: Mapping[str, Any], quality: Mapping[str, Any]) -> Iterator[Row]:
-    base = common | {
+def _base(density: Mapping[str, Any], quality: Mapping[str, Any]) -> Row:
+    """What does not depend on a text: densities, continuations, tasks, the predictor."""
+    base: Row = {
         "target_heads": density["target"]["heads"],
         "target_neurons": density["target"]["neurons"],
         **{k: density[k] for k in ("heads", "neurons", "byte_density", "predictor_byte_share")},
@@ -95,6 +116,21 @@ def _rows(common: Row, density: Mapping[str, Any], quality: Mapping[str, Any]) -
     base |= _present({key: generation.get(key) for key in ("kl", "agreement")})
     base |= _present({"bytes_dtype": density.get("accounting", {}).get("dtype")})
     base |= _present({key: _mean(predictor.get(key)) for key in ("recall", "mass", "spearman")})
+    return base | task_means(quality.get("tasks", {}))
+
+
+def task_means(tasks: Mapping[str, Any]) -> Row:
+    """Means over tasks; the standard error is that of the mean of independent tasks."""
+    if not tasks:
+        return {}
+    found, n = list(tasks.values()), len(tasks)
+    dense, sparse = (sum(t[key] for t in found) / n for key in ("acc_dense", "acc_sparse"))
+    error = math.sqrt(sum(t["stderr_diff"] ** 2 for t in found)) / n
+    means = {"acc_dense": dense, "acc_sparse": sparse}
+    return means | {"acc_diff": sparse - dense, "acc_stderr": error}
+
+
+def _rows(base: Row, quality: Mapping[str, Any]) -> Iterator[Row]:
     for name, text in quality.get("texts", {}).items():
         low, high = text.get("ppl_ratio_ci", (None, None))
         kept = {k: text[k] for k in ("tokens", "ppl_dense", "ppl_sparse", "ppl_ratio")}

@@ -33,6 +33,7 @@ from gnomon.evaluation.subject import (
     overlap,
     require_policy,
 )
+from gnomon.evaluation.tasks import Tasks
 from gnomon.host import describe
 from gnomon.runtime.backends import choose_backend
 
@@ -77,6 +78,9 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     policy, budget = settings["policy"], instantiate(settings["budget"])
     require_policy(policy["name"])
     measures = [instantiate(measure) for measure in settings["measure"].values()]
+    for measure in measures:
+        if isinstance(measure, Tasks):  # before the host is loaded
+            measure.require()
     bench = open_bench(
         settings["host"],
         settings["text"],

@@ -11,8 +11,11 @@ from rich.text import Text
 
 from gnomon.evaluation.rows import COLUMNS, Row, settings
 
+Column = tuple[str, Callable[[Row], str]]
 
-def _number(key: str, form: str) -> Callable[[Row], str]:
+
+def number(key: str, form: str) -> Callable[[Row], str]:
+    """A cell that shows a field, or a dash where it was not measured."""
     return lambda row: form.format(row[key]) if key in row else "–"
 
 
@@ -38,34 +41,47 @@ def _policy(row: Row) -> str:
     return f"({row['policy']})" if row.get("bracket") else row["policy"]
 
 
-_VIEW: tuple[tuple[str, Callable[[Row], str]], ...] = (
+def task_difference(row: Row) -> str:
+    """Mean over tasks less the dense model's, with its standard error."""
+    return f"{row['acc_diff']:+.3f} ± {row['acc_stderr']:.3f}" if "acc_diff" in row else "–"
+
+
+_VIEW: tuple[Column, ...] = (
     ("policy", _policy),
-    ("heads", _number("heads", "{:.2f}")),
-    ("neurons", _number("neurons", "{:.2f}")),
-    ("bytes", _number("byte_density", "{:.3f}")),
-    ("of it predictor", _number("predictor_byte_share", "{:.3f}")),
+    ("heads", number("heads", "{:.2f}")),
+    ("neurons", number("neurons", "{:.2f}")),
+    ("bytes", number("byte_density", "{:.3f}")),
+    ("of it predictor", number("predictor_byte_share", "{:.3f}")),
     ("ppl", _perplexity),
     ("ratio [95 %]", _interval),
-    ("KL", _number("kl", "{:.3f}")),
-    ("agree", _number("agreement", "{:.3f}")),
+    ("KL", number("kl", "{:.3f}")),
+    ("agree", number("agreement", "{:.3f}")),
+    ("tasks", number("acc_sparse", "{:.3f}")),
+    ("Δ tasks", task_difference),
 )
 _EXTRA = ("host", "text", "protocol", "refresh", "batch", "kv", "predictor", "seed")
 _LEFT = ("policy", *_EXTRA)
-_OPTIONAL = ("KL", "agree")
+_OPTIONAL = ("ppl", "ratio [95 %]", "KL", "agree", "tasks", "Δ tasks")
 NOTE = (
     "heads, neurons, bytes: kept fraction achieved (bytes include the predictor, whose share "
-    "of the dense bytes stands beside); ratio: perplexity over the dense model's; (…): bracket at "
-    "the same budget"
+    "of the dense bytes stands beside); ratio: perplexity over the dense model's; tasks: mean "
+    "share of right answers, Δ less the dense model's ± standard error; (…): bracket at the same "
+    "budget"
 )
 
 
-def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+def columns(rows: Sequence[Row]) -> list[Column]:
     """The columns worth showing: the view, and every setting in which policies' rows differ."""
+    view = [c for c in _VIEW if c[0] not in _OPTIONAL or any(c[1](row) != "–" for row in rows)]
+    return [*settings_columns(rows), *view[1:]]
+
+
+def settings_columns(rows: Sequence[Row]) -> list[Column]:
+    """The policy, and every setting in which policies' rows differ."""
     own = [row for row in rows if not row.get("bracket")]
     differing = [key for key in _EXTRA if len({str(row.get(key)) for row in own}) > 1]
     differing = [key for key in differing if not _follows_policy(own, key)]
-    view = [c for c in _VIEW if c[0] not in _OPTIONAL or any(c[1](row) != "–" for row in rows)]
-    return [view[0], *((key, _number(key, "{}")) for key in differing), *view[1:]]
+    return [_VIEW[0], *((key, number(key, "{}")) for key in differing)]
 
 
 def rich_table(rows: Sequence[Row], warnings: Sequence[str] = ()) -> Table:
@@ -84,11 +100,16 @@ def rich_table(rows: Sequence[Row], warnings: Sequence[str] = ()) -> Table:
 def markdown(rows: Sequence[Row], warnings: Sequence[str] = ()) -> str:
     """The rows as a Markdown table under a line that says what they share; warnings below."""
     shown = columns(rows)
-    lines = [title(rows), "", _line([name for name, _ in shown])]
-    lines.append(_line(["---" if name in _LEFT else "---:" for name, _ in shown]))
-    lines += [_line([cell(row) for _, cell in shown]) for row in rows]
+    lines = [title(rows), "", *markdown_table(shown, rows)]
     notes = [part for message in warnings for part in ("", f"**Warning:** {message}.")]
     return "\n".join([*lines, "", NOTE + ".", *notes, ""])
+
+
+def markdown_table(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """The lines of a Markdown table."""
+    head = _line([name for name, _ in shown])
+    rule = _line(["---" if name in _LEFT else "---:" for name, _ in shown])
+    return [head, rule, *(_line([cell(row) for _, cell in shown]) for row in rows)]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -110,6 +131,9 @@ def title(rows: Sequence[Row]) -> str:
     dense = {f"{row['ppl_dense']:.2f}" for row in rows if "ppl_dense" in row}
     if len(dense) == 1:
         parts.append(f"dense perplexity {dense.pop()}")
+    right = {f"{row['acc_dense']:.3f}" for row in rows if "acc_dense" in row}
+    if len(right) == 1:
+        parts.append(f"dense tasks {right.pop()}")
     if "tokens" in shared:
         parts.append(f"{int(shared['tokens']):,} targets")
     dtypes = {row["bytes_dtype"] for row in rows if "bytes_dtype" in row}

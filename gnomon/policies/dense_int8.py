@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gnomon.budget import Budget
 from gnomon.kernels.rowscaled_linear import quantize_rows
@@ -37,14 +38,17 @@ class DenseInt8(Policy):
         original = {path: model.get_submodule(path).weight for path in paths}
         try:
             for path, weight in original.items():
-                setattr(model.get_submodule(path), "weight", _rounded(weight))  # noqa: B010
+                turned = isinstance(model.get_submodule(path), Conv1D)
+                setattr(model.get_submodule(path), "weight", _rounded(weight, turned))  # noqa: B010
             yield
         finally:
             for path, weight in original.items():
                 setattr(model.get_submodule(path), "weight", weight)  # noqa: B010
 
 
-def _rounded(weight: Any) -> nn.Parameter:
-    codes, scale = quantize_rows(weight.detach().float())
+def _rounded(weight: Any, turned: bool) -> nn.Parameter:
+    """Rounded by output: rows of the weight, columns where it lies turned (in, out)."""
+    own = weight.detach().float()
+    codes, scale = quantize_rows(own.t() if turned else own)
     value = (codes.float() * scale[:, None]).to(weight.dtype)
-    return nn.Parameter(value, requires_grad=False)
+    return nn.Parameter(value.t().contiguous() if turned else value, requires_grad=False)

@@ -37,8 +37,9 @@ def choose_backend(backend: str, model: nn.Module, policy: Policy) -> str:
 
     ``auto`` takes ``mask`` where nothing is skipped, for a policy that looks at the units
     themselves or changes weights, and for hosts whose linears are not plain (quantised, adapted,
-    offloaded); else ``triton`` on a CUDA device that has Triton; else ``torch`` on a CPU, and on
-    other devices for decisions that are fixed for a sequence; else ``mask``.
+    offloaded, GPT-2's turned ones) or fused in an unknown order; else ``triton`` on a CUDA device
+    that has Triton; else ``torch`` on a CPU, and on other devices for decisions that are fixed for
+    a sequence; else ``mask``.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this policy or host here.
@@ -71,6 +72,11 @@ def _refusal(policy: Policy, model: nn.Module, backend: str, device: torch.devic
         return (
             f"backend='triton' needs Triton and a CUDA device, the host is on {device}: use "
             "backend=torch or auto"
+        )
+    if "unknown" in (policy.spec.qkv, policy.spec.gate_up):
+        return (
+            f"backend={backend!r} gathers rows by head and neuron, and a fused linear of "
+            f"{type(model).__name__} holds them in an order that is not known: use backend=mask"
         )
     for path in gathered_paths(policy.spec):
         linear = module(model, path)

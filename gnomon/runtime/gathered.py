@@ -3,7 +3,9 @@
 A skipped head's q row and a skipped neuron's gate and up rows are zero without being computed, and
 out- and down-projections read the kept columns alone, so that one replacement of the linears'
 forward serves every architecture, cache and attention implementation. Under ``kv=drop`` the K and V
-rows of groups without an active head are zero too.
+rows of groups without an active head are zero too. In a fused qkv or gate_up linear these are rows
+among others (:meth:`gnomon.host.HostSpec.blocks`). Where a norm spans all heads (OLMo-2), all rows
+of q, k and v are computed: a zero among them would change the rest.
 
 - One token per row is gathered in place through index lists, weights being read where they are (for
   this the out- and down-projections are stored transposed while the session lasts).
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from gnomon.runtime.session import Session
 
 Forward = Callable[[Tensor], Tensor]
-Side = Literal["rows", "groups", "columns"]  # what of a linear belongs to the units
+# What of a linear belongs to the units: its rows (their own, those of key/value groups, or of a
+# fused linear those of several roles) or its columns.
+Side = Literal["rows", "groups", "qkv", "gate_up", "columns"]
 
 
 @dataclass
@@ -57,10 +61,38 @@ class Kept:
         index, count = compact_mask(self.keep, n if self.capacity is None else self.capacity)
         return index, block, count if self.capacity is None else None
 
-    def groups(self, spec: HostSpec) -> Kept:
-        """The key/value groups that have an active head."""
-        used = self.keep.unflatten(-1, (spec.G, spec.group_size)).any(-1)
-        return Kept(used, None, self.fixed)
+    def over(self, side: Side, spec: HostSpec, drop: bool) -> Kept:
+        """The same set over the blocks of rows (or columns) that a linear has on this side.
+
+        Args:
+            side: which.
+            spec: the host's.
+            drop: whether a fused qkv linear skips k and v of groups without an active head.
+        """
+        if side == "groups":
+            return Kept(self._groups(spec), None, self.fixed)
+        if side == "gate_up":
+            return self._placed(spec, {"gate": self.keep, "up": self.keep}, 2)
+        if side == "qkv":
+            used = self._groups(spec) if drop else self.keep.new_ones(1, spec.G)
+            return self._placed(spec, {"q": self.keep, "k": used, "v": used}, None if drop else 1)
+        return self
+
+    def _groups(self, spec: HostSpec) -> Tensor:
+        """(R, G) key/value groups that have an active head."""
+        return self.keep.unflatten(-1, (spec.G, spec.group_size)).any(-1)
+
+    def _placed(self, spec: HostSpec, roles: dict[str, Tensor], times: int | None) -> Kept:
+        """Sets of several roles in one linear; each unit of this set stands ``times`` times."""
+        places = {role: spec.blocks(role).to(self.keep.device) for role in roles}
+        total = sum(len(place) for place in places.values())
+        keep = self.keep.new_zeros(self.keep.shape[0], total)
+        for role, own in roles.items():
+            keep[:, places[role]] = own
+        if times is None or self.capacity is None:
+            return Kept(keep, None, self.fixed)
+        groups = 2 * spec.G if "k" in roles else 0
+        return Kept(keep, times * self.capacity + groups, self.fixed)
 
 
 @dataclass
@@ -122,15 +154,17 @@ class Gathered:
 
     def _sides(self, i: int, layer: LayerSpec) -> Iterator[tuple[Side, UnitKind, Tap | None, str]]:
         """Every linear that is replaced, and the hidden state that it reads, if taps know it."""
-        attention, ffn = Tap(i, "attn_input"), Tap(i, "ffn_input")
-        yield "rows", "heads", attention, layer.q
-        if self.session.policy.kv == "drop":
-            yield "groups", "heads", attention, layer.k
-            yield "groups", "heads", attention, layer.v
+        spec, attention, ffn = self.spec, Tap(i, "attn_input"), Tap(i, "ffn_input")
+        if spec.heads_apart:
+            yield "rows" if spec.qkv == "separate" else "qkv", "heads", attention, layer.q
+            if self.session.policy.kv == "drop" and spec.qkv == "separate":
+                yield "groups", "heads", attention, layer.k
+                yield "groups", "heads", attention, layer.v
         yield "columns", "heads", None, layer.out
-        if layer.gate is not None:
-            yield "rows", "neurons", ffn, layer.gate
-        yield "rows", "neurons", ffn, layer.up
+        if spec.neurons_apart:
+            if layer.gate is not None and spec.gate_up == "separate":
+                yield "rows", "neurons", ffn, layer.gate
+            yield "rows" if spec.gate_up == "separate" else "gate_up", "neurons", ffn, layer.up
         yield "columns", "neurons", None, layer.down
 
     def _run(
@@ -152,8 +186,7 @@ class Gathered:
         if kept is None:
             return original(x)
         rows, start = session.hooks.rows(x), session.start
-        if side == "groups":
-            kept = kept.groups(self.spec)
+        kept = kept.over(side, self.spec, session.policy.kv == "drop")
         assert isinstance(linear, nn.Linear)
         tail = self._tail(side, kind, layer, path, linear, kept, rows[:, start:])
         whole = torch.cat([original(rows[:, :start]), tail], dim=1) if start else tail
@@ -175,7 +208,7 @@ class Gathered:
             make = partial(Compact.of, linear, kept.keep, block, side)
             small = self.session.fixed(("compact", path), make)
             return small.run(x, side, linear.out_features, self.gather)
-        key = ("index", side == "groups", kind, layer)
+        key = ("index", "units" if side in ("rows", "columns") else side, kind, layer)
         index = self.session.once(key, lambda: kept.index(block))
         bias = None if linear.bias is None else linear.bias.detach()
         run = self.gather.columns if side == "columns" else self.gather.rows
