@@ -130,7 +130,8 @@ def _default_predictor(policy: str) -> str | None:
     """``auto`` for policies that stand on a predictor, else None."""
     from gnomon.policies import POLICIES
 
-    return "auto" if policy == "static" or hasattr(POLICIES[policy], "accepts") else None
+    means = policy in ("static", "glass")
+    return "auto" if means or hasattr(POLICIES[policy], "accepts") else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,6 +43,11 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
     return made
 
 
+def neurons(budget: Budget) -> Budget:
+    """The budget of a policy that decides neurons alone."""
+    return replace(budget, heads=None)
+
+
 Make = Callable[[PreTrainedModel, Budget], Policy]
 POLICIES: dict[str, Make] = {
     "random": lambda m, b: policies.Random(b),
@@ -58,7 +63,13 @@ POLICIES: dict[str, Make] = {
         predictor(m, "dejavu", lookahead=1, neurons_site="layer_input"), b
     ),
     "dejavu-prompt": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b, refresh="prompt"),
+    "griffin-prompt": lambda m, b: policies.Griffin(neurons(b)),
+    "griffin-sampling-prompt": lambda m, b: policies.Griffin(neurons(b), variant="sampling"),
+    "griffin-shared-prompt": lambda m, b: policies.Griffin(neurons(b), batch="shared"),
+    "griffin-magnitude": lambda m, b: policies.Griffin(neurons(b), variant="magnitude"),
+    "glass-prompt": lambda m, b: policies.Glass(predictor(m), neurons(b)),
 }
-TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n != "static"]
+STATIC_POLICIES = ["static", "griffin-magnitude"]
+TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n not in STATIC_POLICIES]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
 BACKENDS = ["mask", "torch", "triton"]

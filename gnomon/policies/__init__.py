@@ -10,13 +10,16 @@ from gnomon.policies.base import Policy, Seen
 from gnomon.policies.dejavu import DejaVu
 from gnomon.policies.dense import Dense
 from gnomon.policies.dense_int8 import DenseInt8
+from gnomon.policies.glass import Glass
+from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
 from gnomon.policies.static import Static
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu)
+    cls.name: cls
+    for cls in (Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu, Griffin, Glass)
 }
 
 COMMON = ("refresh", "batch", "kv")
@@ -59,6 +62,8 @@ __all__ = [
     "DejaVu",
     "Dense",
     "DenseInt8",
+    "Glass",
+    "Griffin",
     "Oracle",
     "Policy",
     "Random",

@@ -13,6 +13,7 @@ from gnomon.accounting import HostBytes, solve_bytes
 from gnomon.budget import Budget, layer_counts
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
+from gnomon.policies.statistic import PromptStatistic
 
 if TYPE_CHECKING:
     from gnomon.predictors.base import Predictor
@@ -39,9 +40,16 @@ class Seen:
         live: Tensor,
         memo: dict[Any, Any],
         units: Tensor | None = None,
+        prompt: PromptStatistic | None = None,
     ) -> None:
-        self._hidden, self._memo = hidden, memo
+        self._hidden, self._memo, self._prompt = hidden, memo, prompt
         self.positions, self.live, self.units = positions, live, units
+
+    @property
+    def prompt(self) -> PromptStatistic:
+        """The prompt's sums, of a policy that observes it."""
+        assert self._prompt is not None
+        return self._prompt
 
     def hidden(self, tap: Tap) -> Tensor:
         """Hidden state (B, T', W) at a tap that this forward has already passed."""
@@ -72,6 +80,8 @@ class Policy:
     name: ClassVar[str]
     refreshes: ClassVar[tuple[Refresh, ...]] = ("token",)
     spreads: ClassVar[tuple[str, ...]] = ("layer",)
+    kinds: ClassVar[tuple[UnitKind, ...]] = KINDS  # unit kinds it decides; others stay dense
+    observes: tuple[UnitKind, ...] = ()  # unit kinds of the dense prompt that it sums up
     needs_units: ClassVar[bool] = False  # the oracle alone: it looks at what it decides about
     weight_dtype: ClassVar[str | None] = None  # None: the host's own
     predictor: Predictor | None = None
@@ -84,7 +94,7 @@ class Policy:
         batch: Batch = "per_sequence",
         kv: KV = "keep",
     ) -> None:
-        self.budget = budget
+        self.budget = self._own(budget)
         self.refresh: Refresh = self.refreshes[0] if refresh is None else refresh
         self.batch, self.kv = batch, kv
         self._offer("refresh", self.refresh, self.refreshes)
@@ -114,6 +124,21 @@ class Policy:
     def taps(self) -> tuple[Tap, ...]:
         """Hidden states that :meth:`scores` reads."""
         return ()
+
+    def observe(self, kind: UnitKind, layer: int, units: Tensor, valid: Tensor) -> Tensor:
+        """What the prompt's dense tokens say of one layer's units, summed over tokens.
+
+        Called for the kinds in ``observes``; :meth:`scores` finds the sums in ``seen.prompt``.
+
+        Args:
+            kind, layer: of the units.
+            units: (B, T', F), or (B, T', H, d) for heads.
+            valid: (B, T') tokens at positions up to P-2, padding excluded.
+
+        Returns:
+            (B, N), fp32.
+        """
+        raise NotImplementedError
 
     def prepare(self, model: nn.Module) -> None:
         """Computes what :meth:`scores` needs of the host; called once by :meth:`bind`."""
@@ -186,6 +211,20 @@ class Policy:
             return self.budget
         density = solve_bytes(self, self.budget)
         return replace(self.budget, bytes=None, density=density)
+
+    def _own(self, budget: Budget) -> Budget:
+        """The budget with the kinds that the policy does not decide kept whole."""
+        for kind in KINDS:
+            asked = getattr(budget, kind)
+            if kind not in self.kinds and asked not in (None, 1):
+                raise ValueError(
+                    f"budget.{kind}={asked:g}: policy={self.name} decides {', '.join(self.kinds)} "
+                    f"alone and keeps all {kind}; leave budget.{kind} out or use another policy"
+                )
+            if kind not in self.kinds:
+                whole = {"heads": 1.0} if kind == "heads" else {"neurons": 1.0}
+                budget = replace(budget, **whole)  # type: ignore[arg-type]
+        return budget
 
     def _offer(self, field: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

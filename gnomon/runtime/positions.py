@@ -26,6 +26,7 @@ class Step:
         positions: (B, T) index of the token in its own sequence; padding has no meaning.
         decide_at: (B,) column of position P-2 when this forward holds it, else None.
         single: a decode step of one token per row.
+        begins: the cache is empty before it, or there is none.
     """
 
     sparse: Tensor
@@ -33,6 +34,12 @@ class Step:
     positions: Tensor
     decide_at: Tensor | None
     single: bool
+    begins: bool = False
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, T) bool, tokens of the prompt that are dense."""
+        return self.live & ~self.sparse
 
     @property
     def start(self) -> int | None:
@@ -55,7 +62,8 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
     Args:
         args: by name, as ``HostHooks.on_forward`` hands them over.
         protocol: ``decode`` or ``all``.
-        prompt_length: P, one for all rows or (B,); None where the cache tells.
+        prompt_length: P, one for all rows or (B,); None where the cache tells. With a cache the
+            prompt may come in chunks.
 
     Raises:
         ValueError: a multi-token forward without cache has no boundary; P does not fit.
@@ -70,10 +78,12 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
     if past > 0 and isinstance(given, Tensor) and given.dim() == 2:
         positions = given.to(device).expand(batch, length)  # a 4-D mask hides the left padding
     if protocol == "all":
-        return Step(live.clone(), live, positions, None, single=length == 1 and past > 0)
+        single = length == 1 and past > 0
+        return Step(live.clone(), live, positions, None, single, begins=past == 0)
     if prompt_length is not None:
         ends = _lengths(prompt_length, batch, device)
-        if past == 0 and bool((ends > live.sum(1)).any()):
+        chunked = cache is not None or args.get("use_cache")  # a prompt may go on in later forwards
+        if not chunked and bool((ends > live.sum(1)).any()):
             raise ValueError(
                 f"prompt_length={ends.tolist()} exceeds the rows' lengths {live.sum(1).tolist()}"
             )
@@ -87,7 +97,8 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
             'protocol="all" or prompt_length= to sparsify, or use generate()'
         )
     sparse = live & (positions >= (ends - 1)[:, None])
-    return Step(sparse, live, positions, _column(live, positions, ends - 2), single=False)
+    at = _column(live, positions, ends - 2)
+    return Step(sparse, live, positions, at, single=False, begins=past == 0)
 
 
 def _column(live: Tensor, positions: Tensor, wanted: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from gnomon.accounting import Density
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.statistic import PromptStatistic
 from gnomon.runtime.counts import Counts
 from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
@@ -104,12 +105,27 @@ class Session:
         step = read_step(args, self.protocol, self.prompt_length)
         self.step, self.start = step, step.start
         self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
-        self.gathers = self._gathered is not None and self._can_gather(step)
         self._hidden: dict[Tap, Tensor] = {}
         self._memo: dict[Any, Any] = {}
         self._live = step.live & ~self._finish(args, step)[:, None]
         if self.policy.refresh == "prompt":
             self._prompts.start(args.get("past_key_values"), step)
+        self._observe(step)
+        self.gathers = self._gathered is not None and self._can_gather(step)
+
+    def _observe(self, step: Step) -> None:
+        """Opens the prompt's statistic for what this forward holds of the prompt."""
+        self._statistic: PromptStatistic | None = None
+        if not self.policy.observes:
+            return
+        policy = self.policy
+        self._statistic = self._prompts.statistic(
+            lambda: PromptStatistic(policy.observes, policy.observe)
+        )
+        if step.single or self._prompts.made:
+            self._statistic.rest()
+        else:
+            self._statistic.begin(step.prompt)
 
     def _finish(self, args: dict[str, Any], step: Step) -> Tensor:
         """Rows that have ended: in single-token steps a stop token was fed back."""
@@ -131,6 +147,8 @@ class Session:
         def mask(units: Tensor) -> Tensor | None:
             step, start = self.step, self.start
             assert step is not None
+            if self._statistic is not None and kind in self._statistic.kinds:
+                self._statistic.see(kind, layer, units)
             if start is None:
                 return None
             sparse = step.sparse[:, start:].to(units.device)
@@ -165,8 +183,14 @@ class Session:
         return keep
 
     def _can_gather(self, step: Step) -> bool:
-        """One sparse token per row, or a decision for all rows that small weights are made of."""
+        """One sparse token per row, or a decision for all rows that small weights are made of.
+
+        A layer's statistic is known only after its gate and up rows have run, so that the forward
+        that decides from one is masked.
+        """
         if self.start is None or torch.is_grad_enabled():
+            return False
+        if self._statistic is not None and not self._prompts.made:
             return False
         rows, columns = step.sparse.shape
         one_set = self.policy.refresh == "static" or rows == 1
@@ -205,6 +229,8 @@ class Session:
 
     def _decide_prompt(self, kind: UnitKind, layer: int, step: Step) -> Tensor:
         """Once per sequence, from its last prompt token but one: (B, 1, N)."""
+        if self._statistic is not None:
+            return self._decide_observed(kind, layer, step, self._statistic)
         if step.decide_at is None:
             raise ValueError(
                 "refresh='prompt' decides from the prompt's last token but one: give every row a "
@@ -221,6 +247,27 @@ class Session:
         return self.policy.decide(
             kind, layer, Seen(hidden, positions, self._live[rows, at][:, None], self._memo)
         )
+
+    def _decide_observed(
+        self, kind: UnitKind, layer: int, step: Step, statistic: PromptStatistic
+    ) -> Tensor:
+        """Once per sequence, from what was summed up over its prompt: (B, 1, N)."""
+        if not bool(step.sparse.any(1).all()):
+            raise ValueError(
+                "refresh='prompt' decides for all sequences of a batch at once, and not every "
+                "prompt ends in this forward: give prompts of one length to a chunked prefill"
+            )
+        beyond = step.positions.new_tensor(torch.iinfo(step.positions.dtype).max)
+        lengths = torch.where(step.sparse, step.positions, beyond).amin(1)  # P-1
+        self.once("whole prompt", lambda: statistic.require(lengths))
+        seen = Seen(
+            hidden=lambda tap: self._hidden[tap],
+            positions=(lengths - 1)[:, None],
+            live=torch.ones_like(lengths, dtype=torch.bool)[:, None],
+            memo=self._memo,
+            prompt=statistic,
+        )
+        return self.policy.decide(kind, layer, seen)
 
 
 def _stop_tokens(model: nn.Module) -> list[int]:

@@ -35,7 +35,8 @@ def sparsify(
             or the decision is fixed (:mod:`gnomon.runtime.gathered`); ``auto`` takes the fastest
             that can run the policy here (:func:`gnomon.runtime.backends.choose_backend`).
         protocol: ``decode`` (positions from P-1 on are sparse) or ``all`` (every position is).
-        prompt_length: P for forwards without a cache, one for all rows or (B,).
+        prompt_length: P, one for all rows or (B,), for forwards without a cache, and for a prompt
+            that comes in chunks: without it the first forward on an empty cache is the prompt.
 
     Yields:
         The session: achieved densities, and a hook for every decision.
