@@ -9,8 +9,9 @@ at least one active head; a ``prompt`` decision is spread over 128 tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 CONTEXT = 1024
 PROMPT_TOKENS = 128  # decoded tokens over which one prompt decision is spread
 SCALE_BYTES = 4  # one fp32 scale per int8 row
+Role = Literal["q", "k", "v", "out", "gate", "up", "down"]
+LINEARS: tuple[Role, ...] = ("q", "k", "v", "out", "gate", "up", "down")
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -35,12 +38,14 @@ class Density:
         heads, neurons: means over layers.
         groups: fraction of key/value groups with at least one active head.
         per_layer: L values for ``heads`` and ``neurons``.
+        channels: of each linear whose input channels are skipped: those that are read.
     """
 
     heads: float
     neurons: float
     groups: float
     per_layer: dict[str, list[float]] = field(default_factory=dict)
+    channels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,22 @@ class HostBytes:
     kv_per_token: int
     rows: int
     dtype: str
+    gated: bool = True
+
+    def weights(self, read: Mapping[Role, float]) -> float:
+        """Elements read of all weights when these fractions of each linear are.
+
+        Args:
+            read: of the linears of every layer; the output head and the rest are read in full.
+        """
+        ffn = read["up"] + read["down"] + (read["gate"] if self.gated else 0)
+        return (
+            self.q_out * (read["q"] + read["out"]) / 2
+            + self.kv_proj * (read["k"] + read["v"]) / 2
+            + self.ffn * ffn / (3 if self.gated else 2)
+            + self.head
+            + self.other
+        )
 
     @classmethod
     def of(cls, model: nn.Module, spec: HostSpec) -> HostBytes:
@@ -77,6 +98,7 @@ class HostBytes:
             kv_per_token=spec.L * 2 * kv,
             rows=spec.L * (hidden + 2 * kv + 2 * spec.D + (mats - 1) * spec.F) + spec.V,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            gated=spec.gated,
         )
 
 
@@ -110,9 +132,10 @@ def account(
     size = _size(dtype or host.dtype)
     if context < 1:
         raise ValueError(f"bytes.context={context}: give at least 1 token")
-    dense = size * (_weights(host, 1, 1, 1) + host.kv_per_token * context)
-    kv = density.groups if policy.kv == "drop" else 1.0
-    weights = _weights(host, density.heads, density.neurons, kv)
+    whole: dict[Role, float] = dict.fromkeys(LINEARS, 1.0)
+    dense = size * (host.weights(whole) + host.kv_per_token * context)
+    read = policy.fractions(density)
+    weights = host.weights(read)
     if policy.weight_dtype == "int8":
         body = weights - host.other + SCALE_BYTES * host.rows + size * host.other
     else:
@@ -129,6 +152,7 @@ def account(
         "predictor_bytes": policy.predictor_bytes,
         "decision_per_token": _spread(policy.refresh),
         "group_density": density.groups,
+        "read": read,
         "dense_bytes": dense,
         "sparse_bytes": sparse,
     }
@@ -143,7 +167,8 @@ def expected_density(policy: Policy, budget: Budget) -> Density:
     if budget.head_unit == "head" and heads < 1:
         kept = max(1, round(heads * spec.H))
         groups = 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
-    return Density(heads, neurons, groups)
+    channels = {str(role): policy.channel_density(role, budget) for role in policy.channels}
+    return Density(heads, channels.get("down", neurons), groups, channels=channels)
 
 
 def _counted(policy: Policy, budget: Budget, kind: UnitKind) -> float:
@@ -194,10 +219,6 @@ def _least(policy: Policy) -> float:
     spec = policy.spec
     forced = [sum(not policy.decides(kind, i) for i in range(spec.L)) for kind in KINDS]
     return max(n if n < spec.L else 0 for n in forced) / spec.L
-
-
-def _weights(host: HostBytes, heads: float, neurons: float, kv: float) -> float:
-    return host.q_out * heads + host.kv_proj * kv + host.ffn * neurons + host.head + host.other
 
 
 def _spread(refresh: str) -> float:

@@ -106,6 +106,11 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} looks at the values that it decides about: it exists under "
             "backend=mask alone and has no decode engine"
         )
+    if policy.channels or policy.reads_gate:
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} decides inside a sublayer, from its gate or its input channels, "
+            "which the fused decode step does not stop for: use gnomon.sparsify with generate()"
+        )
     transforms = type(policy).transform is not Policy.transform
     if transforms and policy.weight_dtype != "int8":
         raise UnsupportedPolicyError(

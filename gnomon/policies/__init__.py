@@ -7,6 +7,8 @@ from typing import Any
 
 from gnomon.budget import Budget
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.cats import Cats
+from gnomon.policies.chess import Chess
 from gnomon.policies.dejavu import DejaVu
 from gnomon.policies.dense import Dense
 from gnomon.policies.dense_int8 import DenseInt8
@@ -16,10 +18,14 @@ from gnomon.policies.oracle import Oracle
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
 from gnomon.policies.static import Static
+from gnomon.policies.teal import Teal
 
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
-    for cls in (Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu, Griffin, Glass)
+    for cls in (
+        *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
+        *(Griffin, Glass, Cats, Chess, Teal),
+    )
 }
 
 COMMON = ("refresh", "batch", "kv")
@@ -59,6 +65,8 @@ def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any
 
 __all__ = [
     "POLICIES",
+    "Cats",
+    "Chess",
     "DejaVu",
     "Dense",
     "DenseInt8",
@@ -70,5 +78,6 @@ __all__ = [
     "Seen",
     "Shadow",
     "Static",
+    "Teal",
     "build_policy",
 ]

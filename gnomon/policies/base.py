@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from gnomon.accounting import HostBytes, solve_bytes
+from gnomon.accounting import Density, HostBytes, Role, solve_bytes
 from gnomon.budget import Budget, layer_counts
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
@@ -41,8 +41,9 @@ class Seen:
         memo: dict[Any, Any],
         units: Tensor | None = None,
         prompt: PromptStatistic | None = None,
+        gate: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self._hidden, self._memo, self._prompt = hidden, memo, prompt
+        self._hidden, self._memo, self._prompt, self._gate = hidden, memo, prompt, gate
         self.positions, self.live, self.units = positions, live, units
 
     @property
@@ -54,6 +55,11 @@ class Seen:
     def hidden(self, tap: Tap) -> Tensor:
         """Hidden state (B, T', W) at a tap that this forward has already passed."""
         return self._hidden(tap)
+
+    def gate(self, layer: int) -> Tensor:
+        """act(gate) of a layer's FFN, (B, T', F), for a policy that reads it."""
+        assert self._gate is not None
+        return self._gate(layer)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` the first time in this forward, the same value afterwards."""
@@ -80,8 +86,10 @@ class Policy:
     name: ClassVar[str]
     refreshes: ClassVar[tuple[Refresh, ...]] = ("token",)
     spreads: ClassVar[tuple[str, ...]] = ("layer",)
-    kinds: ClassVar[tuple[UnitKind, ...]] = KINDS  # unit kinds it decides; others stay dense
+    kinds: tuple[UnitKind, ...] = KINDS  # unit kinds it decides; others stay dense
     observes: tuple[UnitKind, ...] = ()  # unit kinds of the dense prompt that it sums up
+    channels: tuple[Role, ...] = ()  # linears whose input channels it skips
+    reads_gate: ClassVar[bool] = False  # neurons are decided from the gate, which is dense
     needs_units: ClassVar[bool] = False  # the oracle alone: it looks at what it decides about
     weight_dtype: ClassVar[str | None] = None  # None: the host's own
     predictor: Predictor | None = None
@@ -140,6 +148,21 @@ class Policy:
         """
         raise NotImplementedError
 
+    def keep_channels(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """Channels of a linear's input that are read: x (B, T', W) -> bool (B, T', W)."""
+        raise NotImplementedError
+
+    def channel_density(self, role: Role, budget: Budget) -> float:
+        """Kept fraction of a linear's input channels that a budget aims at."""
+        return 1.0
+
+    def fractions(self, density: Density) -> dict[Role, float]:
+        """What of each linear of a layer a token reads, in the mean over layers."""
+        kv = density.groups if self.kv == "drop" else 1.0
+        heads, neurons = density.heads, density.neurons
+        ffn: dict[Role, float] = {"gate": neurons, "up": neurons, "down": neurons}
+        return {"q": heads, "k": kv, "v": kv, "out": heads, **ffn}
+
     def prepare(self, model: nn.Module) -> None:
         """Computes what :meth:`scores` needs of the host; called once by :meth:`bind`."""
 
@@ -170,6 +193,12 @@ class Policy:
     def keeps_all(self, kind: UnitKind, layer: int) -> bool:
         """Whether nothing is skipped in this layer."""
         return self.resolved.target(kind) == 1 or not self.decides(kind, layer)
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether every unit and every channel is kept."""
+        units = all(self.keeps_all(kind, i) for kind in KINDS for i in range(self.spec.L))
+        return units and all(self.channel_density(r, self.resolved) == 1 for r in self.channels)
 
     def kept(self, kind: UnitKind, layer: int) -> int | None:
         """Units that every decision of a layer keeps; None where the number varies by decision."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from gnomon.accounting import Role
 from gnomon.host import HostSpec, LayerSpec, Tap, UnitKind, module
 from gnomon.kernels.compact import compact_mask
 from gnomon.runtime.backends import Gather, Index
@@ -109,10 +110,16 @@ class Gathered:
         undo: list[Callable[[], None]] = []
         try:
             for i, layer in enumerate(self.spec.layers):
+                channels = self._channels(layer)
                 for side, kind, tap, path in self._sides(i, layer):
+                    if path in channels:
+                        continue
                     linear = module(self.model, path)
                     forward = partial(self._run, side, kind, i, tap, path, linear)
                     undo.append(_replace(linear, forward))
+                for path, role in channels.items():
+                    linear = module(self.model, path)
+                    undo.append(_replace(linear, partial(self._read, role, i, linear)))
             yield
         finally:
             for put_back in undo:
@@ -128,10 +135,34 @@ class Gathered:
             yield "groups", "heads", attention, layer.k
             yield "groups", "heads", attention, layer.v
         yield "columns", "heads", None, layer.out
-        if layer.gate is not None:
+        if layer.gate is not None and not self.session.policy.reads_gate:
             yield "rows", "neurons", ffn, layer.gate
         yield "rows", "neurons", ffn, layer.up
         yield "columns", "neurons", None, layer.down
+
+    def _channels(self, layer: LayerSpec) -> dict[str, Role]:
+        """Linears whose input channels are skipped: path -> role."""
+        policy = self.session.policy
+        roles = [r for r in policy.channels if policy.channel_density(r, policy.resolved) < 1]
+        paths = {getattr(layer, role): role for role in roles}
+        return {path: role for path, role in paths.items() if path is not None}
+
+    def _read(
+        self, role: Role, layer: int, linear: nn.Module, original: Forward, x: Tensor
+    ) -> Tensor:
+        """A linear that reads chosen channels of the sparse tail's input."""
+        session = self.session
+        if not session.gathers:
+            return original(x)
+        assert isinstance(linear, nn.Linear)
+        rows, start = session.hooks.rows(x), session.start
+        tail = rows[:, start:]  # one token per row: what is read differs between tokens
+        kept = Kept(session.channels(role, layer, tail)[:, 0], None, False)
+        bias = None if linear.bias is None else linear.bias.detach()
+        weight = self._transpose(linear)
+        tail = self.gather.columns(tail[:, 0], weight, bias, kept.index(1))[:, None]
+        whole = torch.cat([original(rows[:, :start]), tail], dim=1) if start else tail
+        return whole.reshape(*x.shape[:-1], whole.shape[-1])
 
     def _run(
         self,

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gnomon.accounting import Density
+from gnomon.accounting import Density, Role
+from gnomon.activation import activation
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy, Seen
@@ -21,7 +22,7 @@ from gnomon.runtime.positions import Step, read_step
 from gnomon.runtime.prompts import PromptDecisions
 
 T = TypeVar("T")
-Decision = Callable[[UnitKind, int, Tensor, Step], None]
+Decision = Callable[[Any, int, Tensor, Step], None]  # a unit kind, or the role of a linear
 
 
 class Session:
@@ -29,7 +30,8 @@ class Session:
 
     Attributes:
         on_decision: called with (kind, layer, active set (B, T', N) at the sparse columns, step)
-            for every decision; for tests, recorders and agreement checks.
+            for every decision; for tests, recorders and agreement checks. Where channels are
+            skipped, with the linear's role and the channels (B, T', W) that it reads.
         step: positions of the forward that is running or ran last.
         start: its first sparse column; None while it is dense.
         gathers: whether its sparse columns are gathered; else they are masked.
@@ -64,6 +66,16 @@ class Session:
         for kind in KINDS:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
+        for role in policy.channels:
+            if policy.channel_density(role, policy.resolved) < 1:
+                for layer in range(spec.L):
+                    path = getattr(spec.layers[layer], role)
+                    if path is not None:
+                        self.hooks.on_input(path, self._channel_masker(role, layer))
+        if policy.reads_gate:
+            self._act = activation(spec)
+            for layer in range(spec.L):
+                self.hooks.on_output(str(spec.layers[layer].gate), partial(self._see_gate, layer))
         for tap in policy.taps():  # after the masks: a context is read without its skipped heads
             self.hooks.on_tap(tap, partial(self._see, tap))
 
@@ -106,6 +118,7 @@ class Session:
         self.step, self.start = step, step.start
         self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
         self._hidden: dict[Tap, Tensor] = {}
+        self._gates: dict[int, Tensor] = {}
         self._memo: dict[Any, Any] = {}
         self._live = step.live & ~self._finish(args, step)[:, None]
         if self.policy.refresh == "prompt":
@@ -140,6 +153,35 @@ class Session:
 
     def _see(self, tap: Tap, hidden: Tensor) -> None:
         self._hidden[tap] = hidden.detach()
+
+    def _see_gate(self, layer: int, gate: Tensor) -> None:
+        if self.start is not None:
+            self._gates[layer] = gate[:, self.start :].detach()
+
+    def channels(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """Channels of the sparse columns x (B, T', W) that a linear reads; counted and reported."""
+        step, start = self.step, self.start
+        assert step is not None and start is not None
+        keep = self.policy.keep_channels(role, layer, x.detach())
+        if self.on_decision is not None:
+            self.on_decision(role, layer, keep, step)
+        self._counts.add_channels(role, layer, keep, step.sparse[:, start:].to(x.device))
+        return keep
+
+    def _channel_masker(self, role: Role, layer: int) -> Callable[[Tensor], Tensor | None]:
+        """Zeroes the input channels of one linear that are skipped at the sparse positions."""
+
+        def mask(x: Tensor) -> Tensor | None:
+            step, start = self.step, self.start
+            if start is None or self.gathers:
+                return None
+            assert step is not None
+            dense = ~step.sparse[:, start:, None].to(x.device)
+            tail = x[:, start:]
+            tail = torch.where(self.channels(role, layer, tail) | dense, tail, 0)
+            return tail if start == 0 else torch.cat([x[:, :start], tail], dim=1)
+
+        return mask
 
     def _masker(self, kind: UnitKind, layer: int) -> Callable[[Tensor], Tensor | None]:
         """Multiplies the skipped units of one layer by zero at the sparse positions."""
@@ -224,6 +266,7 @@ class Session:
             live=self._live[:, start:],
             memo=self._memo,
             units=own,
+            gate=lambda layer: self._act(self._gates[layer]),
         )
         return self.policy.decide(kind, layer, seen)
 
