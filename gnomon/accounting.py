@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from gnomon.budget import Budget, choices, layer_counts
-from gnomon.host import KINDS, HostSpec, UnitKind, weight
+from gnomon.budget import Budget
+from gnomon.host import KINDS, HostSpec, weight
 
 if TYPE_CHECKING:
     from gnomon.policies.base import Policy
@@ -140,6 +140,7 @@ def account(
         body = weights - host.other + SCALE_BYTES * host.rows + size * host.other
     else:
         body = size * weights
+    body -= policy.saved_bytes(density, size)
     predictor = policy.predictor_bytes * _spread(policy.refresh)
     sparse = body + size * host.kv_per_token * context * density.groups + predictor
     inputs = {
@@ -161,23 +162,19 @@ def account(
 
 def expected_density(policy: Policy, budget: Budget) -> Density:
     """Densities a budget aims at; active groups as if heads were drawn at random."""
-    spec = policy.spec
-    heads, neurons = (_counted(policy, budget, kind) for kind in KINDS)
-    groups = heads
-    if budget.head_unit == "head" and heads < 1:
-        kept = max(1, round(heads * spec.H))
-        groups = 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
+    rows = {kind: policy.expected(kind, budget) for kind in KINDS}
+    groups = [_groups(policy.spec, budget, heads) for heads in rows["heads"]]
+    heads, neurons, active = (sum(x) / len(x) for x in (*rows.values(), groups))
     channels = {str(role): policy.channel_density(role, budget) for role in policy.channels}
-    return Density(heads, channels.get("down", neurons), groups, channels=channels)
+    return Density(heads, neurons * channels.get("down", 1.0), active, channels=channels)
 
 
-def _counted(policy: Policy, budget: Budget, kind: UnitKind) -> float:
-    """The density that whole units give, e.g. 4 of 9 heads for 0.5."""
-    decided = [policy.decides(kind, layer) for layer in range(policy.spec.L)]
-    if budget.target(kind) == 1:
-        return 1.0
-    counts = layer_counts(budget, policy.spec, kind, decided)
-    return sum(counts) / (policy.spec.L * choices(budget, policy.spec, kind))
+def _groups(spec: HostSpec, budget: Budget, heads: float) -> float:
+    """Expected share of groups with an active head where a share of the heads is."""
+    if budget.head_unit == "group" or heads in (0, 1):
+        return heads
+    kept = max(1, round(heads * spec.H))
+    return 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
 
 
 def solve_bytes(policy: Policy, budget: Budget, steps: int = 40) -> float:

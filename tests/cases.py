@@ -85,6 +85,13 @@ POLICIES: dict[str, Make] = {
     "chess": lambda m, b: policies.Chess(calibration(m), b),
     "chess-ffn": lambda m, b: policies.Chess(calibration(m), neurons(b), attention=False),
     "teal": lambda m, b: policies.Teal(calibration(m), b),
+    "skip-attention": lambda m, b: policies.SkipSublayers(replace(b, neurons=None)),
+    "skip-ffn": lambda m, b: policies.SkipSublayers(neurons(b), what="ffn"),
+    "skip-layers-of-griffin-prompt": lambda m, b: policies.SkipSublayers(
+        inner=policies.Griffin(neurons(b)),
+        what="layer",
+        layers=() if b.density == 1 else (1,),
+    ),
 }
 GATED_ONLY = ("cats", "chess", "chess-ffn")  # refused on hosts without a gate
 THRESHOLDS = (*GATED_ONLY, "teal")  # met in the mean over calibration tokens
@@ -95,7 +102,7 @@ def families_of(name: str) -> list[str]:
     return [family for family in FAMILIES if not (name in GATED_ONLY and family == "opt")]
 
 
-STATIC_POLICIES = ["static", "griffin-magnitude"]
+STATIC_POLICIES = ["static", "griffin-magnitude", "skip-attention", "skip-ffn"]
 TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n not in STATIC_POLICIES]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
 ENGINE_POLICIES = [n for n in POLICIES if n != "oracle" and n not in THRESHOLDS]

@@ -111,8 +111,7 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} decides inside a sublayer, from its gate or its input channels, "
             "which the fused decode step does not stop for: use gnomon.sparsify with generate()"
         )
-    transforms = type(policy).transform is not Policy.transform
-    if transforms and policy.weight_dtype != "int8":
+    if policy.transforms and policy.weight_dtype != "int8":
         raise UnsupportedPolicyError(
             f"policy={policy.name} changes the host's weights in a way that the decode engine does "
             "not read: use gnomon.sparsify with generate()"

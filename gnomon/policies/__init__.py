@@ -17,14 +17,16 @@ from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
+from gnomon.policies.skip_sublayers import SkipSublayers
 from gnomon.policies.static import Static
 from gnomon.policies.teal import Teal
+from gnomon.policies.wrap import Wrapper
 
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
         *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
-        *(Griffin, Glass, Cats, Chess, Teal),
+        *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers),
     )
 }
 
@@ -77,7 +79,9 @@ __all__ = [
     "Random",
     "Seen",
     "Shadow",
+    "SkipSublayers",
     "Static",
     "Teal",
+    "Wrapper",
     "build_policy",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 from torch import Tensor, nn
 
 from gnomon.accounting import Density, HostBytes, Role, solve_bytes
-from gnomon.budget import Budget, layer_counts
+from gnomon.budget import Budget, choices, layer_counts
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.statistic import PromptStatistic
@@ -89,9 +89,9 @@ class Policy:
     kinds: tuple[UnitKind, ...] = KINDS  # unit kinds it decides; others stay dense
     observes: tuple[UnitKind, ...] = ()  # unit kinds of the dense prompt that it sums up
     channels: tuple[Role, ...] = ()  # linears whose input channels it skips
-    reads_gate: ClassVar[bool] = False  # neurons are decided from the gate, which is dense
-    needs_units: ClassVar[bool] = False  # the oracle alone: it looks at what it decides about
-    weight_dtype: ClassVar[str | None] = None  # None: the host's own
+    reads_gate: bool = False  # neurons are decided from the gate, which is dense
+    needs_units: bool = False  # the oracle alone: it looks at what it decides about
+    weight_dtype: str | None = None  # None: the host's own
     predictor: Predictor | None = None
     bytes_dtype: str | None = None  # dtype of byte accounting; None: the live host's
 
@@ -156,6 +156,14 @@ class Policy:
         """Kept fraction of a linear's input channels that a budget aims at."""
         return 1.0
 
+    def expected(self, kind: UnitKind, budget: Budget) -> list[float]:
+        """Kept fraction of a kind in every layer that a budget aims at, in whole units."""
+        n = choices(budget, self.spec, kind)
+        if budget.target(kind) == 1:
+            return [1.0] * self.spec.L
+        decided = [self.decides(kind, layer) for layer in range(self.spec.L)]
+        return [k / n for k in layer_counts(budget, self.spec, kind, decided)]
+
     def fractions(self, density: Density) -> dict[Role, float]:
         """What of each linear of a layer a token reads, in the mean over layers."""
         kv = density.groups if self.kv == "drop" else 1.0
@@ -171,6 +179,20 @@ class Policy:
         return nullcontext()
 
     @property
+    def transforms(self) -> bool:
+        """Whether :meth:`transform` changes anything."""
+        return type(self).transform is not Policy.transform
+
+    def saved_bytes(self, density: Density, size: int) -> float:
+        """Bytes per token by which :meth:`transform` makes the weights that are read smaller.
+
+        Args:
+            density: achieved.
+            size: bytes of an element of the host's weights as they are stored.
+        """
+        return 0.0
+
+    @property
     def predictor_bytes(self) -> float:
         """Bytes of predictor weights that one decision reads."""
         return 0.0
@@ -183,16 +205,27 @@ class Policy:
         Raises:
             ValueError: the predictor belongs to another host, or the budget cannot be met.
         """
-        self.spec = spec or describe(model)
-        self.bytes = HostBytes.of(model, self.spec)
+        self.start(model, spec or describe(model))
+        self.settle(self._resolve())
+
+    def start(self, model: nn.Module, spec: HostSpec) -> None:
+        """First half of :meth:`bind`: the host, while the budget's bytes are not solved yet."""
+        self.spec, self.bytes = spec, HostBytes.of(model, spec)
         self.prepare(model)
-        self.resolved = replace(self.budget, bytes=None, density=0.5)  # while bytes are solved
-        self.resolved = self._resolve()
+        self.resolved = replace(self.budget, bytes=None, density=0.5)
+
+    def settle(self, budget: Budget) -> None:
+        """Second half of :meth:`bind`: the budget, in densities."""
+        self.resolved = budget
         self.counts = {kind: self.count_layers(kind) for kind in KINDS}
 
     def keeps_all(self, kind: UnitKind, layer: int) -> bool:
         """Whether nothing is skipped in this layer."""
         return self.resolved.target(kind) == 1 or not self.decides(kind, layer)
+
+    def skips(self, kind: UnitKind, layer: int) -> bool:
+        """Whether no decision ever keeps a unit of this layer."""
+        return False
 
     @property
     def skips_nothing(self) -> bool:

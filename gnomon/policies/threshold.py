@@ -61,22 +61,22 @@ class Threshold(Policy):
             )
         self.predictor = predictor
 
-    def bind(self, model: nn.Module, spec: object = None) -> None:
+    def settle(self, budget: Budget) -> None:
         """Also places the thresholds."""
-        super().bind(model, spec)  # type: ignore[arg-type]
-        device = next(model.parameters()).device
+        super().settle(budget)
         self._cuts: dict[str, Tensor] = {}
-        if self.table is not None and self.resolved.target("neurons") < 1:
-            cut = self.predictor.cut(self.table, self.resolved.target("neurons"))
-            self._cuts["units"] = cut.to(device)
+        if self.table is not None and budget.target("neurons") < 1:
+            cut = self.predictor.cut(self.table, budget.target("neurons"))
+            self._cuts["units"] = cut.to(self._device)
         for role in self.channels:
-            if self.channel_density(role, self.resolved) < 1:
-                density = self.channel_density(role, self.resolved)
-                self._cuts[role] = self.predictor.cut(SITE[role], density).to(device)
+            density = self.channel_density(role, budget)
+            if density < 1:
+                self._cuts[role] = self.predictor.cut(SITE[role], density).to(self._device)
 
     def prepare(self, model: nn.Module) -> None:
         """Checks the host."""
         self.predictor.check_host(self.spec)
+        self._device = next(model.parameters()).device
         if self.reads_gate and not self.spec.gated:
             raise ValueError(
                 f"policy={self.name} compares the gate of a gated FFN with its threshold, and host "

@@ -52,8 +52,7 @@ def choose_backend(backend: str, model: nn.Module, policy: Policy) -> str:
         if refusal is not None:
             raise ValueError(refusal)
         return backend
-    transforms = type(policy).transform is not Policy.transform
-    if refusal is not None or policy.skips_nothing or transforms:
+    if refusal is not None or policy.skips_nothing or policy.transforms:
         return "mask"
     if device.type == "cuda" and triton is not None:
         return "triton"

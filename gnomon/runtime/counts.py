@@ -58,17 +58,18 @@ class Counts:
             for i in range(self.spec.L)
         ]
         channels = self._channels()
-        if "down" in channels:  # an entry of the down-projection's input is a neuron
-            per_layer["neurons"] = channels["down"]
+        for layer, share in channels.get("down", {}).items():
+            per_layer["neurons"][layer] = share  # an entry of the projection's input is a neuron
         mean = {kind: sum(rows) / self.spec.L for kind, rows in per_layer.items()}
-        read = {role: sum(rows) / self.spec.L for role, rows in channels.items()}
+        read = {role: sum(rows.values()) / len(rows) for role, rows in channels.items()}
         return Density(mean["heads"], mean["neurons"], sum(groups) / self.spec.L, per_layer, read)
 
-    def _channels(self) -> dict[str, list[float]]:
-        """Role -> what each layer reads of that linear's input channels."""
-        found: dict[str, list[float]] = {}
-        for (role, layer), read in sorted(self._read.items(), key=lambda item: item[0][1]):
-            found.setdefault(role, []).append(float(read) / max(1.0, float(self._of[role, layer])))
+    def _channels(self) -> dict[str, dict[int, float]]:
+        """Role -> layer -> what is read of that linear's input channels, where it runs."""
+        found: dict[str, dict[int, float]] = {}
+        for (role, layer), read in self._read.items():
+            share = float(read) / max(1.0, float(self._of[role, layer]))
+            found.setdefault(role, {})[layer] = share
         return found
 
     @staticmethod

@@ -84,6 +84,9 @@ class Compact:
 
     def run(self, x: Tensor, side: Side, outputs: int, gather: Gather) -> Tensor:
         """x (B, T, W) -> (B, T, outputs)."""
+        if len(self.units) == 0:  # a skipped sublayer: a bias at most
+            nothing = x.new_zeros(*x.shape[:-1], outputs)
+            return nothing + self.bias if side == "columns" and self.bias is not None else nothing
         if side == "columns":
             return gather.dense(x[..., self.units], self.weight, self.bias)
         y = gather.dense(x, self.weight, self.bias)
@@ -110,7 +113,7 @@ class Gathered:
         undo: list[Callable[[], None]] = []
         try:
             for i, layer in enumerate(self.spec.layers):
-                channels = self._channels(layer)
+                channels = {path: role for role, path in self.session.thresholded(i).items()}
                 for side, kind, tap, path in self._sides(i, layer):
                     if path in channels:
                         continue
@@ -139,13 +142,6 @@ class Gathered:
             yield "rows", "neurons", ffn, layer.gate
         yield "rows", "neurons", ffn, layer.up
         yield "columns", "neurons", None, layer.down
-
-    def _channels(self, layer: LayerSpec) -> dict[str, Role]:
-        """Linears whose input channels are skipped: path -> role."""
-        policy = self.session.policy
-        roles = [r for r in policy.channels if policy.channel_density(r, policy.resolved) < 1]
-        paths = {getattr(layer, role): role for role in roles}
-        return {path: role for path, role in paths.items() if path is not None}
 
     def _read(
         self, role: Role, layer: int, linear: nn.Module, original: Forward, x: Tensor

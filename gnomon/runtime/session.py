@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from gnomon.runtime.counts import Counts
 from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
 from gnomon.runtime.prompts import PromptDecisions
+from gnomon.runtime.skipped import SkippedAttention
 
 T = TypeVar("T")
 Decision = Callable[[Any, int, Tensor, Step], None]  # a unit kind, or the role of a linear
@@ -54,6 +55,7 @@ class Session:
         self.start: int | None = None
         self.backend, self.gathers = backend, False
         self._gathered = None if backend == "mask" else Gathered(self, model, backend)
+        self._skipped = None if backend == "mask" else SkippedAttention(self, model)
         self._taps = frozenset(policy.taps())
         self._for_all: dict[Any, Any] = {}
         self._counts = Counts(spec)
@@ -63,15 +65,14 @@ class Session:
         self.hooks = HostHooks(model, spec)
         self.hooks.on_forward(self._start)
         self.hooks.on_cache(self._prompts.keep)
+        if self._skipped is not None and self._skipped.layers:
+            self.hooks.on_cache(self._skipped.forget)
         for kind in KINDS:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
-        for role in policy.channels:
-            if policy.channel_density(role, policy.resolved) < 1:
-                for layer in range(spec.L):
-                    path = getattr(spec.layers[layer], role)
-                    if path is not None:
-                        self.hooks.on_input(path, self._channel_masker(role, layer))
+        for layer in range(spec.L):
+            for role, path in self.thresholded(layer).items():
+                self.hooks.on_input(path, self._channel_masker(role, layer))
         if policy.reads_gate:
             self._act = activation(spec)
             for layer in range(spec.L):
@@ -83,9 +84,38 @@ class Session:
         """Achieved densities over all sparse positions so far (padding excluded)."""
         return self._counts.density()
 
-    def replaced(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
         """Inside, the host's linears gather; nothing is replaced under ``mask``."""
-        return nullcontext() if self._gathered is None else self._gathered.replaced()
+        with ExitStack() as stack:
+            for part in (self._gathered, self._skipped):
+                if part is not None:
+                    stack.enter_context(part.replaced())
+            yield
+
+    def thresholded(self, layer: int) -> dict[Role, str]:
+        """Linears of a layer whose input channels are skipped: role -> path."""
+        policy, where, found = self.policy, self.spec.layers[layer], {}
+        for role in policy.channels:
+            kind: UnitKind = "neurons" if role in ("gate", "up", "down") else "heads"
+            path = getattr(where, role)
+            sparse = policy.channel_density(role, policy.resolved) < 1
+            if sparse and path is not None and not policy.skips(kind, layer):
+                found[role] = path
+        return found
+
+    @property
+    def all_sparse(self) -> bool:
+        """Whether the running forward has no dense token, in any row."""
+        step = self.step
+        if step is None or self.start != 0:
+            return False
+        return self.once("all sparse", lambda: step.single or not bool(step.prompt.any()))
+
+    def note_skipped(self, kind: UnitKind, layer: int) -> None:
+        """Counts and reports a sublayer that did not run."""
+        assert self.step is not None
+        self._noted(kind, layer, None, self.step.sparse)
 
     def kept(self, kind: UnitKind, layer: int) -> Kept | None:
         """What one layer keeps of the running forward's sparse columns; None where it is dense."""
