@@ -140,7 +140,8 @@ def account(
         body = weights - host.other + SCALE_BYTES * host.rows + size * host.other
     else:
         body = size * weights
-    body -= policy.saved_bytes(density, size)
+    saved = policy.saved_bytes(density, size)
+    body -= saved
     predictor = policy.predictor_bytes * _spread(policy.refresh)
     sparse = body + size * host.kv_per_token * context * density.groups + predictor
     inputs = {
@@ -154,6 +155,8 @@ def account(
         "decision_per_token": _spread(policy.refresh),
         "group_density": density.groups,
         "read": read,
+        "saved_bytes": saved,
+        **policy.facts,
         "dense_bytes": dense,
         "sparse_bytes": sparse,
     }

@@ -87,6 +87,15 @@ POLICIES: dict[str, Make] = {
     "teal": lambda m, b: policies.Teal(calibration(m), b),
     "skip-attention": lambda m, b: policies.SkipSublayers(replace(b, neurons=None)),
     "skip-ffn": lambda m, b: policies.SkipSublayers(neurons(b), what="ffn"),
+    "core-of-shadow": lambda m, b: policies.Core(
+        predictor(m), policies.Shadow(predictor(m), b), share=0.1
+    ),
+    "fallback-of-shadow": lambda m, b: policies.DenseFallback(policies.Shadow(predictor(m), b)),
+    "ffsplit-of-shadow": lambda m, b: policies.FFSplit(
+        predictor(m),
+        inner=policies.Shadow(predictor(m), b),
+        heavy=1.0 if b.density == 1 else 0.125,
+    ),
     "skip-layers-of-griffin-prompt": lambda m, b: policies.SkipSublayers(
         inner=policies.Griffin(neurons(b)),
         what="layer",
@@ -105,5 +114,6 @@ def families_of(name: str) -> list[str]:
 STATIC_POLICIES = ["static", "griffin-magnitude", "skip-attention", "skip-ffn"]
 TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n not in STATIC_POLICIES]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
-ENGINE_POLICIES = [n for n in POLICIES if n != "oracle" and n not in THRESHOLDS]
+GENERIC_ONLY = ("oracle", "ffsplit-of-shadow", *THRESHOLDS)
+ENGINE_POLICIES = [n for n in POLICIES if n not in GENERIC_ONLY]
 BACKENDS = ["mask", "torch", "triton"]

@@ -9,9 +9,12 @@ from gnomon.budget import Budget
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.cats import Cats
 from gnomon.policies.chess import Chess
+from gnomon.policies.core import Core
 from gnomon.policies.dejavu import DejaVu
 from gnomon.policies.dense import Dense
+from gnomon.policies.dense_fallback import DenseFallback
 from gnomon.policies.dense_int8 import DenseInt8
+from gnomon.policies.ffsplit import FFSplit
 from gnomon.policies.glass import Glass
 from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
@@ -26,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
         *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
-        *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers),
+        *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
     )
 }
 
@@ -69,9 +72,12 @@ __all__ = [
     "POLICIES",
     "Cats",
     "Chess",
+    "Core",
     "DejaVu",
     "Dense",
+    "DenseFallback",
     "DenseInt8",
+    "FFSplit",
     "Glass",
     "Griffin",
     "Oracle",

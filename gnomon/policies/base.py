@@ -193,6 +193,11 @@ class Policy:
         return 0.0
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What was solved or chosen at :meth:`bind`, for the record of a result."""
+        return {}
+
+    @property
     def predictor_bytes(self) -> float:
         """Bytes of predictor weights that one decision reads."""
         return 0.0

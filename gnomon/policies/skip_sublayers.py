@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -149,19 +149,33 @@ class SkipSublayers(Wrapper):
 
     def fractions(self, density: Density) -> dict[Role, float]:
         """The inner policy's over the sublayers that stay, times their share of all."""
-        share = {kind: self._share(kind, density) for kind in KINDS}
-        heads, neurons = share["heads"], share["neurons"]
-        inside = replace(
+        heads, neurons = (self._share(kind, density) for kind in KINDS)
+        read = self.inner.fractions(self._inside(density))
+        return {
+            role: part * (neurons if role in ("gate", "up", "down") else heads)
+            for role, part in read.items()
+        }
+
+    def saved_bytes(self, density: Density, size: int) -> float:
+        """The inner policy's, in the FFNs that stay."""
+        saved = self.inner.saved_bytes(self._inside(density), size)
+        return saved * self._share("neurons", density)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The layers that are skipped in, by what is skipped."""
+        own = {f"skipped {self.what}": list(self._skipped)}
+        return self.inner.facts | own
+
+    def _inside(self, density: Density) -> Density:
+        """Densities over the sublayers that stay."""
+        heads, neurons = (self._share(kind, density) for kind in KINDS)
+        return replace(
             density,
             heads=_over(density.heads, heads),
             neurons=_over(density.neurons, neurons),
             groups=_over(density.groups, heads),
         )
-        read = self.inner.fractions(inside)
-        return {
-            role: part * (neurons if role in ("gate", "up", "down") else heads)
-            for role, part in read.items()
-        }
 
     def _share(self, kind: UnitKind, density: Density) -> float:
         """Share of the sublayers of a kind that stay."""

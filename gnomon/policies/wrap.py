@@ -8,6 +8,7 @@ solved for the whole and then handed down.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -105,6 +106,11 @@ class Wrapper(Policy):
     def transforms(self) -> bool:
         """Whether this or the inner policy changes weights."""
         return type(self).transform is not Wrapper.transform or self.inner.transforms
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The inner policy's."""
+        return self.inner.facts
 
     @property
     def predictor_bytes(self) -> float:

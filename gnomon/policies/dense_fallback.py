@@ -1,0 +1,51 @@
+"""DenseFallback: layers of which nearly everything would be kept stay dense.
+
+A gathered linear reads rows by an index; past some density a dense one is faster, and keeps more.
+"""
+
+from __future__ import annotations
+
+from gnomon.budget import Budget
+from gnomon.host import UnitKind
+from gnomon.policies.base import Policy
+from gnomon.policies.wrap import Wrapper
+
+
+class DenseFallback(Wrapper):
+    """Keeps all units of a layer where the inner policy would keep more than a share of them.
+
+    Args:
+        inner: its budget fixes how many units each layer keeps; where the number varies by token
+            (``spread=global``, thresholds) nothing falls back.
+        above: density above which a layer stays dense.
+
+    Raises:
+        ValueError: ``above`` outside (0, 1].
+    """
+
+    name = "dense_fallback"
+
+    def __init__(self, inner: Policy, above: float = 0.8) -> None:
+        super().__init__(inner)
+        if not 0 < above <= 1:
+            raise ValueError(f"policy.params.above={above} is a density: use a value in (0, 1]")
+        self.above = above
+
+    def keeps_all(self, kind: UnitKind, layer: int) -> bool:
+        """Whether the layer is whole, or would be nearly."""
+        if self.inner.keeps_all(kind, layer):
+            return True
+        kept = self.inner.kept(kind, layer)
+        return kept is not None and kept > self.above * self.spec.units(kind)
+
+    def kept(self, kind: UnitKind, layer: int) -> int | None:
+        """All of a layer that falls back."""
+        if self.keeps_all(kind, layer):
+            return self.spec.units(kind)
+        return self.inner.kept(kind, layer)
+
+    def expected(self, kind: UnitKind, budget: Budget) -> list[float]:
+        """The inner policy's, with layers that fall back whole."""
+        rows = self.inner.expected(kind, budget)
+        fixed = budget.spread == "layer" and not self.inner.reads_gate
+        return [1.0 if fixed and row > self.above else row for row in rows]
