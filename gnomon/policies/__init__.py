@@ -30,18 +30,19 @@ POLICIES: dict[str, type[Policy]] = {
     for cls in (
         *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
         *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
+        *(Core, DenseFallback),
     )
 }
 
 COMMON = ("refresh", "batch", "kv")
 
 
-def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any) -> Policy:
+def build_policy(name: str, budget: Budget | None, predictor: Any = None, **params: Any) -> Policy:
     """Builds a policy by its config name.
 
     Args:
         name: a key of ``POLICIES``.
-        budget: ignored by the dense baselines.
+        budget: ignored by the dense baselines; None for a wrapper whose parameters say it all.
         predictor: a loaded predictor; ``static`` takes its means.
         **params: the policy's own arguments; those that are None keep their default.
 
@@ -57,6 +58,12 @@ def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any
     unknown = [k for k in given if k not in takes and k not in COMMON]
     if unknown:
         raise ValueError(f"policy={name} has no {', '.join(unknown)}; it takes {', '.join(takes)}")
+    needs_inner = "inner" in takes and takes["inner"].default is inspect.Parameter.empty
+    if needs_inner and "inner" not in given:
+        raise ValueError(
+            f"policy={name} is put round another policy: give it one, e.g. "
+            "'policy.params.inner={name: shadow, predictor: auto}'"
+        )
     needed = {k: v for k, v in extra.items() if k in takes}
     policy = cls(**needed, **{k: v for k, v in given.items() if k in takes})
     for key in COMMON:
