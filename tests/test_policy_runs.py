@@ -90,6 +90,17 @@ def test_results_follow_the_schema_and_the_budget(
         assert brackets["random"]["neurons"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_shadowllm_as_published_runs(root: Path, tmp_path: Path) -> None:
+    with initialize_config_module("gnomon.conf", version_base="1.3"):
+        small = [o for o in SMALL if "generation" not in o and "prompt" not in o]
+        overrides = ["experiment=shadowllm_published_eval", f"paths.root={root}", *small]
+        cfg = OmegaConf.to_container(compose("evaluate", overrides), resolve=True)
+    found = evaluate(cfg, tmp_path, "x").results  # type: ignore[arg-type]
+    assert found["protocol"] == {"name": "published", "block": 48, "batch": 4}
+    assert found["density"]["per_layer"]["neurons"][0] == 1.0
+    assert found["quality"]["texts"]["synthetic"]["tokens"] == 5 * 47
+
+
 def test_policies_inside_are_recorded_and_told_apart(root: Path, tmp_path: Path) -> None:
     one = evaluate(settings(root, "core"), tmp_path / "one", "x").results
     inner = one["policy"]["params"]["inner"]
@@ -111,6 +122,7 @@ def test_policies_inside_are_recorded_and_told_apart(root: Path, tmp_path: Path)
         ("griffin", ["budget.heads=0.5"], r"budget\.heads=0\.5: policy=griffin"),
         ("chess", ["host.family=opt", "policy.predictor=auto"], "no calibration for host"),
         ("griffin", ["protocol=all"], "protocol='all' has no prompt"),
+        ("random", ["protocol=published"], "cannot generate; set it to 0"),
     ],
 )
 def test_bad_input_is_refused_by_name(

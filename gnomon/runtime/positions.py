@@ -2,7 +2,8 @@
 
 A sequence has a prompt of P tokens, padding excluded. Under ``decode`` positions < P-1 are dense
 and position P-1 and all after it are sparse; under ``all`` every position is. ``prompt`` refresh
-decides at position P-2.
+decides at position P-2. ``published`` is ShadowLLM's accuracy set-up, which is not causal: every
+position is sparse, and ``prompt`` refresh decides from the last token of the whole text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Protocol = Literal["decode", "all"]
+Protocol = Literal["decode", "all", "published"]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Step:
 def check_protocol(protocol: str) -> None:
     """Raises ValueError for an unknown protocol."""
     if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol={protocol!r}: use {' or '.join(get_args(Protocol))}")
+        raise ValueError(f"protocol={protocol!r}: use {', '.join(get_args(Protocol))}")
 
 
 def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor | None) -> Step:
@@ -61,7 +62,7 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
 
     Args:
         args: by name, as ``HostHooks.on_forward`` hands them over.
-        protocol: ``decode`` or ``all``.
+        protocol: ``decode``, ``all`` or ``published``.
         prompt_length: P, one for all rows or (B,); None where the cache tells. With a cache the
             prompt may come in chunks.
 
@@ -77,6 +78,15 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
     given = args.get("position_ids")
     if past > 0 and isinstance(given, Tensor) and given.dim() == 2:
         positions = given.to(device).expand(batch, length)  # a 4-D mask hides the left padding
+    if protocol == "published":
+        if past > 0:
+            raise ValueError(
+                "protocol='published' decides from the last token of a whole text and has no "
+                "decode steps: use protocol='decode' to generate (and "
+                "measure.quality.generation.tokens=0 to leave continuations out)"
+            )
+        at = _column(live, positions, live.sum(1) - 1)
+        return Step(live.clone(), live, positions, at, single=False, begins=True)
     if protocol == "all":
         single = length == 1 and past > 0
         return Step(live.clone(), live, positions, None, single, begins=past == 0)
