@@ -131,7 +131,9 @@ def _default_predictor(policy: str) -> str | None:
     from gnomon.policies import POLICIES
 
     means = policy in ("static", "glass", "core")
-    return "auto" if means or hasattr(POLICIES[policy], "accepts") else None
+    optional = policy == "skip_sublayers"  # it asks for one under choose=similarity alone
+    needed = hasattr(POLICIES[policy], "accepts") and not optional
+    return "auto" if means or needed else None
 
 
 def _parser() -> argparse.ArgumentParser:

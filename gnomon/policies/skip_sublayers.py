@@ -56,6 +56,7 @@ class SkipSublayers(Wrapper):
     """
 
     name = "skip_sublayers"
+    accepts = Calibration  # what policy.predictor=auto looks for
     refreshes = ("static",)
 
     def __init__(

@@ -113,7 +113,9 @@ class Gathered:
         undo: list[Callable[[], None]] = []
         try:
             for i, layer in enumerate(self.spec.layers):
-                channels = {path: role for role, path in self.session.thresholded(i).items()}
+                channels = {
+                    path: role for role, path in self.session.channels.thresholded(i).items()
+                }
                 for side, kind, tap, path in self._sides(i, layer):
                     if path in channels:
                         continue
@@ -153,7 +155,7 @@ class Gathered:
         assert isinstance(linear, nn.Linear)
         rows, start = session.hooks.rows(x), session.start
         tail = rows[:, start:]  # one token per row: what is read differs between tokens
-        kept = Kept(session.channels(role, layer, tail)[:, 0], None, False)
+        kept = Kept(session.channels.read(role, layer, tail)[:, 0], None, False)
         bias = None if linear.bias is None else linear.bias.detach()
         weight = self._transpose(linear)
         tail = self.gather.columns(tail[:, 0], weight, bias, kept.index(1))[:, None]

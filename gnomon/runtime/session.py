@@ -16,6 +16,7 @@ from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.statistic import PromptStatistic
+from gnomon.runtime.channels import Channels
 from gnomon.runtime.counts import Counts
 from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
@@ -37,6 +38,7 @@ class Session:
         start: its first sparse column; None while it is dense.
         gathers: whether its sparse columns are gathered; else they are masked.
         backend: ``mask``, ``torch`` or ``triton``.
+        channels: the linears whose input channels are skipped.
     """
 
     def __init__(
@@ -70,9 +72,8 @@ class Session:
         for kind in KINDS:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
-        for layer in range(spec.L):
-            for role, path in self.thresholded(layer).items():
-                self.hooks.on_input(path, self._channel_masker(role, layer))
+        self.channels = Channels(self)
+        self.channels.hook(self.hooks)
         if policy.reads_gate:
             self._act = activation(spec)
             for layer in range(spec.L):
@@ -92,17 +93,6 @@ class Session:
                 if part is not None:
                     stack.enter_context(part.replaced())
             yield
-
-    def thresholded(self, layer: int) -> dict[Role, str]:
-        """Linears of a layer whose input channels are skipped: role -> path."""
-        policy, where, found = self.policy, self.spec.layers[layer], {}
-        for role in policy.channels:
-            kind: UnitKind = "neurons" if role in ("gate", "up", "down") else "heads"
-            path = getattr(where, role)
-            sparse = policy.channel_density(role, policy.resolved) < 1
-            if sparse and path is not None and not policy.skips(kind, layer):
-                found[role] = path
-        return found
 
     @property
     def all_sparse(self) -> bool:
@@ -188,30 +178,13 @@ class Session:
         if self.start is not None:
             self._gates[layer] = gate[:, self.start :].detach()
 
-    def channels(self, role: Role, layer: int, x: Tensor) -> Tensor:
-        """Channels of the sparse columns x (B, T', W) that a linear reads; counted and reported."""
+    def note_channels(self, role: Role, layer: int, keep: Tensor) -> None:
+        """Counts and reports the input channels (B, T', W) that a linear reads."""
         step, start = self.step, self.start
         assert step is not None and start is not None
-        keep = self.policy.keep_channels(role, layer, x.detach())
         if self.on_decision is not None:
             self.on_decision(role, layer, keep, step)
-        self._counts.add_channels(role, layer, keep, step.sparse[:, start:].to(x.device))
-        return keep
-
-    def _channel_masker(self, role: Role, layer: int) -> Callable[[Tensor], Tensor | None]:
-        """Zeroes the input channels of one linear that are skipped at the sparse positions."""
-
-        def mask(x: Tensor) -> Tensor | None:
-            step, start = self.step, self.start
-            if start is None or self.gathers:
-                return None
-            assert step is not None
-            dense = ~step.sparse[:, start:, None].to(x.device)
-            tail = x[:, start:]
-            tail = torch.where(self.channels(role, layer, tail) | dense, tail, 0)
-            return tail if start == 0 else torch.cat([x[:, :start], tail], dim=1)
-
-        return mask
+        self._counts.add_channels(role, layer, keep, step.sparse[:, start:].to(keep.device))
 
     def _masker(self, kind: UnitKind, layer: int) -> Callable[[Tensor], Tensor | None]:
         """Multiplies the skipped units of one layer by zero at the sparse positions."""

@@ -4,8 +4,9 @@ Where a policy skips a layer's attention for good, its module is left out of eve
 no dense token, and what the prompt wrote into the layer's cache is given back after it. What comes
 out is what no active head gives: the out-projection's bias.
 
-Two kinds of layers keep running their zeroed attention: those from which the host counts the tokens
-in its cache (the first of each attention type), and those where the policy reads a hidden state.
+Three kinds of layers keep running their zeroed attention: those from which the host counts the
+tokens in its cache (the first of each attention type), those where the policy reads a hidden state,
+and those whose attention module adds the residual itself (BLOOM).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +42,9 @@ class SkippedAttention:
         self.layers = [
             i
             for i in range(self.spec.L)
-            if session.policy.skips("heads", i) and i not in read | counted
+            if session.policy.skips("heads", i)
+            and i not in read | counted
+            and "residual" not in signature(self._attention(i).forward).parameters
         ]
 
     @contextmanager
@@ -49,7 +53,7 @@ class SkippedAttention:
         held: list[tuple[nn.Module, Any]] = []
         try:
             for i in self.layers:
-                attention = module(self.model, self.spec.layers[i].out.rpartition(".")[0])
+                attention = self._attention(i)
                 held.append((attention, attention.__dict__.get("forward")))
                 forward = partial(self._run, i, attention.forward)
                 attention.forward = torch.compiler.disable(forward)  # type: ignore[method-assign]
@@ -70,6 +74,10 @@ class SkippedAttention:
             if type(layer) is DynamicLayer and layer.keys is not None and layer.keys.numel():
                 layer.keys = layer.keys[..., :0, :].clone()
                 layer.values = layer.values[..., :0, :].clone()
+
+    def _attention(self, layer: int) -> nn.Module:
+        """The module that owns a layer's out-projection."""
+        return module(self.model, self.spec.layers[layer].out.rpartition(".")[0])
 
     def _run(
         self, layer: int, original: Callable[..., Any], *args: Any, **kwargs: Any
