@@ -2,6 +2,7 @@
 
     python train.py                                     # the embedded host and text
     python train.py host=hf host.name=<hub id | folder | GGUF> text=file text.path=<file>
+    python train.py predictor=calibration               # no training: activation statistics
 
 The last line of output is the predictor's folder (with harvest.mode=only: the trace folder).
 """
@@ -27,9 +28,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gnomon import tracking, training
+from gnomon.calibration import calibrate
 from gnomon.data.stage import prepare
 from gnomon.data.store import TraceStore
 from gnomon.errors import one_line
+from gnomon.host import HostSpec
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.module import PredictorModule
 
 
@@ -47,6 +52,11 @@ def main(cfg: DictConfig) -> None:
     model, tokenizer = instantiate(cfg.host)
     spec = gnomon.describe(model)
     predictor = instantiate(cfg.predictor)(spec)
+    if isinstance(predictor, Calibration):
+        text = instantiate(cfg.text)
+        info = calibrate(predictor, model, tokenizer, spec, text, batch=cfg.harvest.batch)
+        print(training.save(predictor, new_folder(cfg, spec, predictor), info))
+        return
     objective = instantiate(cfg.objective)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     checkpoints = training.checkpoint_folder(Path(cfg.paths.checkpoints), spec, predictor, config)
@@ -83,10 +93,15 @@ def main(cfg: DictConfig) -> None:
         print("fast_dev_run: nothing is saved")
         return
     info = training.describe_training(spec, objective.name, cfg.seed, data.info, metrics)
-    folder = Path(cfg.out or training.new_folder(Path(cfg.paths.predictors), spec, predictor))
+    folder = new_folder(cfg, spec, predictor)
     training.save(predictor, folder, info)
     tracking.log_training(trainer.loggers, data, folder, info)
     print(folder)
+
+
+def new_folder(cfg: DictConfig, spec: HostSpec, predictor: Predictor) -> Path:
+    """Where the predictor goes."""
+    return Path(cfg.out or training.new_folder(Path(cfg.paths.predictors), spec, predictor))
 
 
 def make_trainer(cfg: DictConfig, checkpoints: Path) -> pl.Trainer:

@@ -9,14 +9,15 @@ at least one active head; a ``prompt`` decision is spread over 128 tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from gnomon.budget import Budget, choices, layer_counts
-from gnomon.host import KINDS, HostSpec, UnitKind, weight
+from gnomon.budget import Budget
+from gnomon.host import KINDS, HostSpec, weight
 
 if TYPE_CHECKING:
     from gnomon.policies.base import Policy
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 CONTEXT = 1024
 PROMPT_TOKENS = 128  # decoded tokens over which one prompt decision is spread
 SCALE_BYTES = 4  # one fp32 scale per int8 row
+Role = Literal["q", "k", "v", "out", "gate", "up", "down"]
+LINEARS: tuple[Role, ...] = ("q", "k", "v", "out", "gate", "up", "down")
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -35,12 +38,14 @@ class Density:
         heads, neurons: means over layers.
         groups: fraction of key/value groups with at least one active head.
         per_layer: L values for ``heads`` and ``neurons``.
+        channels: of each linear whose input channels are skipped: those that are read.
     """
 
     heads: float
     neurons: float
     groups: float
     per_layer: dict[str, list[float]] = field(default_factory=dict)
+    channels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,29 @@ class HostBytes:
     rows: int
     dtype: str
     whole: int = 0
+    gated: bool = True
+    heads_apart: bool = True
+    neurons_apart: bool = True
+
+    def weights(self, read: Mapping[Role, float]) -> float:
+        """Elements read of all weights when these fractions of each linear are.
+
+        Args:
+            read: of the linears of every layer; ``whole``, the output head and the rest are read in
+                full.
+        """
+        by_neuron = [read["down"]]
+        if self.neurons_apart:
+            by_neuron += [read["up"], read["gate"]] if self.gated else [read["up"]]
+        q_out = (read["q"] + read["out"]) / 2 if self.heads_apart else read["out"]
+        return (
+            self.q_out * q_out
+            + self.kv_proj * (read["k"] + read["v"]) / 2
+            + self.ffn * sum(by_neuron) / len(by_neuron)
+            + self.whole
+            + self.head
+            + self.other
+        )
 
     @classmethod
     def of(cls, model: nn.Module, spec: HostSpec) -> HostBytes:
@@ -86,6 +114,9 @@ class HostBytes:
             rows=spec.L * (hidden + 2 * kv + 2 * spec.D + (mats - 1) * spec.F) + spec.V,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             whole=linear - q_out - kv_proj - ffn,
+            gated=spec.gated,
+            heads_apart=spec.heads_apart,
+            neurons_apart=spec.neurons_apart,
         )
 
 
@@ -119,13 +150,16 @@ def account(
     size = _size(dtype or host.dtype)
     if context < 1:
         raise ValueError(f"bytes.context={context}: give at least 1 token")
-    dense = size * (_weights(host, 1, 1, 1) + host.kv_per_token * context)
-    kv = density.groups if policy.kv == "drop" else 1.0
-    weights = _weights(host, density.heads, density.neurons, kv)
+    whole: dict[Role, float] = dict.fromkeys(LINEARS, 1.0)
+    dense = size * (host.weights(whole) + host.kv_per_token * context)
+    read = policy.fractions(density)
+    weights = host.weights(read)
     if policy.weight_dtype == "int8":
         body = weights - host.other + SCALE_BYTES * host.rows + size * host.other
     else:
         body = size * weights
+    saved = policy.saved_bytes(density, size)
+    body -= saved
     predictor = policy.predictor_bytes * _spread(policy.refresh)
     sparse = body + size * host.kv_per_token * context * density.groups + predictor
     inputs = {
@@ -138,6 +172,9 @@ def account(
         "predictor_bytes": policy.predictor_bytes,
         "decision_per_token": _spread(policy.refresh),
         "group_density": density.groups,
+        "read": read,
+        "saved_bytes": saved,
+        **policy.facts,
         "dense_bytes": dense,
         "sparse_bytes": sparse,
     }
@@ -146,22 +183,19 @@ def account(
 
 def expected_density(policy: Policy, budget: Budget) -> Density:
     """Densities a budget aims at; active groups as if heads were drawn at random."""
-    spec = policy.spec
-    heads, neurons = (_counted(policy, budget, kind) for kind in KINDS)
-    groups = heads
-    if budget.head_unit == "head" and heads < 1:
-        kept = max(1, round(heads * spec.H))
-        groups = 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
-    return Density(heads, neurons, groups)
+    rows = {kind: policy.expected(kind, budget) for kind in KINDS}
+    groups = [_groups(policy.spec, budget, heads) for heads in rows["heads"]]
+    heads, neurons, active = (sum(x) / len(x) for x in (*rows.values(), groups))
+    channels = {str(role): policy.channel_density(role, budget) for role in policy.channels}
+    return Density(heads, neurons * channels.get("down", 1.0), active, channels=channels)
 
 
-def _counted(policy: Policy, budget: Budget, kind: UnitKind) -> float:
-    """The density that whole units give, e.g. 4 of 9 heads for 0.5."""
-    decided = [policy.decides(kind, layer) for layer in range(policy.spec.L)]
-    if budget.target(kind) == 1:
-        return 1.0
-    counts = layer_counts(budget, policy.spec, kind, decided)
-    return sum(counts) / (policy.spec.L * choices(budget, policy.spec, kind))
+def _groups(spec: HostSpec, budget: Budget, heads: float) -> float:
+    """Expected share of groups with an active head where a share of the heads is."""
+    if budget.head_unit == "group" or heads in (0, 1):
+        return heads
+    kept = max(1, round(heads * spec.H))
+    return 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
 
 
 def solve_bytes(policy: Policy, budget: Budget, steps: int = 40) -> float:
@@ -203,11 +237,6 @@ def _least(policy: Policy) -> float:
     spec = policy.spec
     forced = [sum(not policy.decides(kind, i) for i in range(spec.L)) for kind in KINDS]
     return max(n if n < spec.L else 0 for n in forced) / spec.L
-
-
-def _weights(host: HostBytes, heads: float, neurons: float, kv: float) -> float:
-    always = host.whole + host.head + host.other
-    return host.q_out * heads + host.kv_proj * kv + host.ffn * neurons + always
 
 
 def _spread(refresh: str) -> float:

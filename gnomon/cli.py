@@ -39,7 +39,7 @@ def generate(args: argparse.Namespace) -> int:
     spec = describe(model)
     found = find(args.policy, args.predictor or _default_predictor(args.policy), args.root, spec)
     settings = {"name": args.policy, "refresh": args.refresh}
-    policy = make_subject(settings, budget, found, None).policy
+    policy = make_subject(settings, budget, found, None, args.root, spec).policy
     texts, density = _both(model, tokenizer, policy, args)
     table = _side_by_side(texts, _titles(policy, density), args.prompt)
     out = Console()
@@ -130,7 +130,10 @@ def _default_predictor(policy: str) -> str | None:
     """``auto`` for policies that stand on a predictor, else None."""
     from gnomon.policies import POLICIES
 
-    return "auto" if policy == "static" or hasattr(POLICIES[policy], "accepts") else None
+    means = policy in ("static", "glass", "core")
+    optional = policy == "skip_sublayers"  # it asks for one under choose=similarity alone
+    needed = hasattr(POLICIES[policy], "accepts") and not optional
+    return "auto" if means or needed else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class HostHooks:
         self._shape: tuple[int, int] = (0, 0)
         self._signature = inspect.signature(model.forward)
         first = module(model, spec.layers[0].path)
-        self._add(first.register_forward_pre_hook(self._see_shape, with_kwargs=True))
+        self.add(first.register_forward_pre_hook(self._see_shape, with_kwargs=True))
 
     def on_forward(self, fn: Callable[[dict[str, Any]], None]) -> None:
         """Calls ``fn`` with the bound arguments of every forward of the host, before it runs."""
@@ -37,7 +37,7 @@ class HostHooks:
             extra = bound.pop("kwargs", {})
             fn({**bound, **extra})
 
-        self._add(self.model.register_forward_pre_hook(hook, with_kwargs=True))
+        self.add(self.model.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_cache(self, fn: Callable[[Any], None]) -> None:
         """Calls ``fn`` with the key/value cache (or None) that a forward of the host returns."""
@@ -46,7 +46,7 @@ class HostHooks:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             fn(getattr(output, "past_key_values", None))
 
-        self._add(self.model.register_forward_hook(hook))
+        self.add(self.model.register_forward_hook(hook))
 
     def on_tap(self, tap: Tap, fn: Callable[[Tensor], None]) -> None:
         """Calls ``fn`` with the hidden state (B, T, W) at a tap, before the module there runs."""
@@ -56,7 +56,7 @@ class HostHooks:
             fn(self.rows(_hidden(args, kwargs)))
 
         target = module(self.model, _tap_path(self.spec.layers[tap.layer], tap))
-        self._add(target.register_forward_pre_hook(hook, with_kwargs=True))
+        self.add(target.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_units(self, kind: UnitKind, layer: int, fn: Callable[[Tensor], Tensor | None]) -> None:
         """Calls ``fn`` with the unit tensor of a layer; a tensor returned replaces it."""
@@ -72,7 +72,38 @@ class HostHooks:
             out = fn(units)
             return None if out is None else (out.reshape(x.shape), *args[1:])
 
-        self._add(module(self.model, path).register_forward_pre_hook(hook))
+        self.add(module(self.model, path).register_forward_pre_hook(hook))
+
+    def on_input(self, path: str, fn: Callable[[Tensor], Tensor | None]) -> None:
+        """Calls ``fn`` with the input (B, T, W) of a linear; a tensor returned replaces it."""
+
+        @torch.compiler.disable
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            out = fn(self.rows(args[0]))
+            return None if out is None else (out.reshape(args[0].shape), *args[1:])
+
+        self.add(module(self.model, path).register_forward_pre_hook(hook))
+
+    def on_output(self, path: str, fn: Callable[[Tensor], object]) -> None:
+        """Calls ``fn`` with the output (B, T, N) of a linear."""
+
+        @torch.compiler.disable
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            fn(self.rows(output))
+
+        self.add(module(self.model, path).register_forward_hook(hook))
+
+    def on_branch(
+        self, layer: int, role: Literal["gate", "up"], fn: Callable[[Tensor], object]
+    ) -> None:
+        """Calls ``fn`` with what gate or up gives, (B, T, F) in the order of the neurons.
+
+        Raises:
+            ValueError: they are one linear whose rows are in no known order.
+        """
+        path, rows = getattr(self.spec.layers[layer], role), self.spec.blocks(role)
+        fused = self.spec.gate_up != "separate"
+        self.on_output(path, lambda y: fn(y[..., rows.to(y.device)] if fused else y))
 
     def remove(self) -> None:
         """Removes every hook."""
@@ -91,7 +122,8 @@ class HostHooks:
     ) -> None:
         self.remove()
 
-    def _add(self, handle: Any) -> None:
+    def add(self, handle: Any) -> None:
+        """Keeps the handle of a hook, to be removed with the others."""
         self._handles.append(handle)
 
     @torch.compiler.disable

@@ -229,6 +229,12 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             )
         return layer - first
 
+    def card(self) -> str:
+        """README.md of the folder."""
+        from gnomon.predictors.card import model_card
+
+        return model_card(self)
+
     # -- folder -----------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from gnomon.host import KINDS, HostSpec
 from gnomon.predictors.base import Predictor, PredictorInfo
-from gnomon.predictors.card import model_card
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -38,7 +37,7 @@ def write_folder(predictor: Predictor, folder: Path) -> None:
     save_file(state, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors writes 0600, which a shared folder cannot use
     os.replace(partial, folder / WEIGHTS)
-    (folder / CARD).write_text(model_card(predictor), encoding="utf-8")
+    (folder / CARD).write_text(predictor.card(), encoding="utf-8")
     partial = folder / f"{CONFIG}.tmp"
     partial.write_text(_config_text(predictor), encoding="utf-8")
     os.replace(partial, folder / CONFIG)

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from gnomon import policies
 from gnomon.budget import Budget
+from gnomon.calibration import measure
 from gnomon.host import Tap, describe
 from gnomon.policies.base import Policy
 from gnomon.predictors.base import Predictor
+from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
 from gnomon.predictors.shadow import Shadow
 
@@ -43,6 +45,22 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
     return made
 
 
+def calibration(model: PreTrainedModel, ids: torch.Tensor | None = None) -> Calibration:
+    """A calibration of the host on random tokens, or on ids (n, block)."""
+    spec = describe(model)
+    if ids is None:
+        ids = torch.randint(0, 256, (32, 32), generator=torch.Generator().manual_seed(9))
+    made = Calibration.for_host(spec)
+    measure(made, model, spec, ids, batch=16)
+    made.info = replace(made.info, host=spec.name, spec_hash=spec.hash, criterion="magnitude")
+    return made
+
+
+def neurons(budget: Budget) -> Budget:
+    """The budget of a policy that decides neurons alone."""
+    return replace(budget, heads=None)
+
+
 Make = Callable[[PreTrainedModel, Budget], Policy]
 POLICIES: dict[str, Make] = {
     "random": lambda m, b: policies.Random(b),
@@ -58,7 +76,44 @@ POLICIES: dict[str, Make] = {
         predictor(m, "dejavu", lookahead=1, neurons_site="layer_input"), b
     ),
     "dejavu-prompt": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b, refresh="prompt"),
+    "griffin-prompt": lambda m, b: policies.Griffin(neurons(b)),
+    "griffin-sampling-prompt": lambda m, b: policies.Griffin(neurons(b), variant="sampling"),
+    "griffin-shared-prompt": lambda m, b: policies.Griffin(neurons(b), batch="shared"),
+    "griffin-magnitude": lambda m, b: policies.Griffin(neurons(b), variant="magnitude"),
+    "glass-prompt": lambda m, b: policies.Glass(predictor(m), neurons(b)),
+    "cats": lambda m, b: policies.Cats(calibration(m), neurons(b)),
+    "chess": lambda m, b: policies.Chess(calibration(m), b),
+    "chess-ffn": lambda m, b: policies.Chess(calibration(m), neurons(b), attention=False),
+    "teal": lambda m, b: policies.Teal(calibration(m), b),
+    "skip-attention": lambda m, b: policies.SkipSublayers(replace(b, neurons=None)),
+    "skip-ffn": lambda m, b: policies.SkipSublayers(neurons(b), what="ffn"),
+    "core-of-shadow": lambda m, b: policies.Core(
+        predictor(m), policies.Shadow(predictor(m), b), share=0.1
+    ),
+    "fallback-of-shadow": lambda m, b: policies.DenseFallback(policies.Shadow(predictor(m), b)),
+    "ffsplit-of-shadow": lambda m, b: policies.FFSplit(
+        predictor(m),
+        inner=policies.Shadow(predictor(m), b),
+        heavy=1.0 if b.density == 1 else 0.125,
+    ),
+    "skip-layers-of-griffin-prompt": lambda m, b: policies.SkipSublayers(
+        inner=policies.Griffin(neurons(b)),
+        what="layer",
+        layers=() if b.density == 1 else (1,),
+    ),
 }
-TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n != "static"]
+GATED_ONLY = ("cats", "chess", "chess-ffn")  # refused on hosts without a gate
+THRESHOLDS = (*GATED_ONLY, "teal")  # met in the mean over calibration tokens
+
+
+def families_of(name: str) -> list[str]:
+    """The families of hosts that a policy applies to."""
+    return [family for family in FAMILIES if not (name in GATED_ONLY and family == "opt")]
+
+
+STATIC_POLICIES = ["static", "griffin-magnitude", "skip-attention", "skip-ffn"]
+TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n not in STATIC_POLICIES]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
+GENERIC_ONLY = ("oracle", "ffsplit-of-shadow", *THRESHOLDS)
+ENGINE_POLICIES = [n for n in POLICIES if n not in GENERIC_ONLY]
 BACKENDS = ["mask", "torch", "triton"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gnomon
-from cases import BACKENDS, FAMILIES, POLICIES, predictor
+from cases import BACKENDS, POLICIES, families_of, predictor
 from gnomon.budget import Budget
 from gnomon.host import KINDS, describe
 from gnomon.kernels import cpu_library
@@ -71,7 +71,7 @@ def assert_same(a: tuple, b: tuple) -> None:
 
 # Every policy meets every backend, and every family both compute backends.
 PAIRS = [
-    (name, FAMILIES[(i + shift) % len(FAMILIES)], backend)
+    (name, families_of(name)[(i + shift) % len(families_of(name))], backend)
     for i, name in enumerate(NAMES)
     for backend, shifts in (("torch", (0, 3)), ("triton", (0,)))
     for shift in shifts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gnomon
-from cases import FAMILIES, POLICIES, PROMPT_POLICIES, predictor
+from cases import ENGINE_POLICIES, FAMILIES, POLICIES, PROMPT_POLICIES, predictor
 from gnomon import policies
 from gnomon.budget import Budget
 from gnomon.engine import graph
@@ -26,7 +26,7 @@ from gnomon.tiny import byte_tokenizer, tiny_host
 from tolerances import TOLERANCE, relative_rms
 
 HALF = Budget(density=0.5)
-RUNNABLE = [name for name in POLICIES if name != "oracle"]
+RUNNABLE = ENGINE_POLICIES
 DECIDERS = {"random": PerToken, "static": Fixed, "shadow": Fused, "dejavu": Fused}
 
 

@@ -169,7 +169,7 @@ def test_damaged_folders_are_refused(spec: HostSpec, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="outputs.heads.q.*rank"):
         load_predictor(written(params=config["params"] | {"rank": 9}))
-    with pytest.raises(ValueError, match="known are dejavu, shadow"):
+    with pytest.raises(ValueError, match="known are calibration, dejavu, shadow"):
         load_predictor(written(**{"class": "oracle"}))
     with pytest.raises(ValueError, match="params do not fit"):
         load_predictor(written(params={"L": 3}))

@@ -31,8 +31,9 @@ from gnomon.engine.support import (
     require_sizes,
 )
 from gnomon.engine.weights import StepWeights, compacted, lay_out, restore
-from gnomon.host import Tap, UnitKind, describe, weight
-from gnomon.policies.base import Policy
+from gnomon.host import UnitKind, describe, weight
+from gnomon.policies.base import Policy, Seen
+from gnomon.policies.statistic import PromptStatistic
 from gnomon.runtime.sparsify import _active as sparsified
 
 Sets = dict[Key, Active]
@@ -133,13 +134,16 @@ class Engine:
         need = self.context if max_new_tokens is None else cached + max_new_tokens
         fixed = self.decider if isinstance(self.decider, Fixed) else None
         taps = () if fixed is None else fixed.policy.taps()
+        policy = None if fixed is None else fixed.policy
+        observes = policy is not None and policy.observes
+        statistic = PromptStatistic(observes, policy.observe) if policy and observes else None
         transformed = nullcontext() if self.policy is None else self.policy.transform(self.model)
         with named_memory(self.batch, self.context), torch.no_grad(), transformed:
             cache = self._reserve(need)
-            past, states = run_prefix(self.model, self.spec, prompt, taps)
+            past, states = run_prefix(self.model, self.spec, prompt, taps, statistic)
             cache.fill(past, prompt.lengths.int())
             if fixed is not None:
-                self._decide(fixed, prompt, states)
+                self._decide(fixed, seen_at_end(fixed.policy, prompt, states, statistic))
         self._loop.start(prompt.last)
         self._used, self._written = cached, 0
 
@@ -246,9 +250,9 @@ class Engine:
             self._cache = Cache(self.spec, self.batch, size, dtype, self.device)
         return self._cache
 
-    def _decide(self, fixed: Fixed, prompt: Prompt, states: dict[Tap, Tensor]) -> None:
+    def _decide(self, fixed: Fixed, seen: Seen) -> None:
         """Compacts the weights; into the buffers of the sequence before if the sizes agree."""
-        changed = fixed.decide(seen_at_end(fixed.policy, prompt, states))
+        changed = fixed.decide(seen)
         if changed:
             self._steps.clear()
             self._active_weights = self.weights

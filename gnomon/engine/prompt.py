@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gnomon.hooks import HostHooks
 from gnomon.host import HostSpec, Tap
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.statistic import PromptStatistic
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ class Prompt:
 
 
 @torch.no_grad()
-def run_prefix(model: nn.Module, spec: HostSpec, prompt: Prompt, taps: tuple[Tap, ...]) -> Any:
-    """Runs the host over the prompt's prefix.
+def run_prefix(
+    model: nn.Module,
+    spec: HostSpec,
+    prompt: Prompt,
+    taps: tuple[Tap, ...],
+    statistic: PromptStatistic | None = None,
+) -> Any:
+    """Runs the host over the prompt's prefix; a ``statistic`` sees the units of all of it.
 
     Returns:
         Its key/value cache (None where there is no token to run), and tap -> the hidden state
@@ -77,10 +84,20 @@ def run_prefix(model: nn.Module, spec: HostSpec, prompt: Prompt, taps: tuple[Tap
     with HostHooks(model, spec) as hooks:
         for tap in taps:
             hooks.on_tap(tap, partial(see, tap))
+        if statistic is not None:
+            statistic.begin(prompt.mask)
+            for kind in statistic.kinds:
+                for layer in range(spec.L):
+                    hooks.on_units(kind, layer, partial(statistic.see, kind, layer))
         return model(prompt.prefix, **given).past_key_values, states
 
 
-def seen_at_end(policy: Policy, prompt: Prompt, states: dict[Tap, Tensor]) -> Seen:
+def seen_at_end(
+    policy: Policy,
+    prompt: Prompt,
+    states: dict[Tap, Tensor],
+    statistic: PromptStatistic | None = None,
+) -> Seen:
     """What a decision for the whole sequence may look at: position P-2.
 
     Raises:
@@ -93,4 +110,4 @@ def seen_at_end(policy: Policy, prompt: Prompt, states: dict[Tap, Tensor]) -> Se
         )
     live = torch.ones_like(prompt.lengths, dtype=torch.bool)[:, None]
     positions = (prompt.lengths - 1).clamp_min(0)[:, None]
-    return Seen(lambda tap: states[tap], positions, live, {})
+    return Seen(lambda tap: states[tap], positions, live, {}, prompt=statistic)

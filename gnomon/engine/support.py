@@ -106,8 +106,12 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} looks at the values that it decides about: it exists under "
             "backend=mask alone and has no decode engine"
         )
-    transforms = type(policy).transform is not Policy.transform
-    if transforms and policy.weight_dtype != "int8":
+    if policy.channels or policy.reads_gate:
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} decides inside a sublayer, from its gate or its input channels, "
+            "which the fused decode step does not stop for: use gnomon.sparsify with generate()"
+        )
+    if policy.transforms and policy.weight_dtype != "int8":
         raise UnsupportedPolicyError(
             f"policy={policy.name} changes the host's weights in a way that the decode engine does "
             "not read: use gnomon.sparsify with generate()"

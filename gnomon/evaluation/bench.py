@@ -172,4 +172,6 @@ def density_result(
         "predictor_byte_share": accounting.predictor_byte_share,
         "accounting": accounting.inputs,
     }
+    if density.channels:
+        found["channels"] = density.channels
     return found | ({"per_layer": density.per_layer} if layers and density.per_layer else {})

@@ -14,7 +14,6 @@ from gnomon.engine.engine import Engine
 from gnomon.engine.weights import StepWeights
 from gnomon.evaluation.stopwatch import Peak, Times, device_name, in_use, interleave, timed
 from gnomon.evaluation.traffic import Kept, observe, predictor_traffic, step_traffic
-from gnomon.host import KINDS
 from gnomon.policies import Policy
 
 LEAST_STEPS = 50
@@ -200,8 +199,7 @@ def decode_row(
 
 def achieved(model: PreTrainedModel, policy: Policy, ids: Tensor, steps: int) -> Kept:
     """What a bound policy keeps, observed where it skips anything."""
-    layers = range(policy.spec.L)
-    if all(policy.keeps_all(kind, i) for kind in KINDS for i in layers):
+    if policy.skips_nothing:
         return Kept.all()
     return observe(model, policy, policy.spec, ids, min(steps, ids.shape[1] - 2))
 
@@ -241,6 +239,7 @@ def rates(
         drop=policy.kv == "drop",
         predictor=predictor_traffic(policy),
         int8=sparse_int8,
+        read=policy.fractions(kept.union),
     )
     ms_dense, ms_sparse = times["dense"].median, times["sparse"].median
     ideal = every.total / some.total

@@ -71,6 +71,11 @@ class Quality:
         """Raises ValueError for what cannot be measured, before anything is."""
         check_brackets(self.brackets)
         bench.protocol.targets(bench.block)
+        if self.generation.tokens > 0 and bench.protocol.name == "published":
+            raise ValueError(
+                f"measure.quality.generation.tokens={self.generation.tokens}: protocol=published "
+                "decides from the last token of a whole text and cannot generate; set it to 0"
+            )
         if self.generation.tokens > 0:
             prompts = self.generation.cut(bench.blocks.ids)
             check_context(bench.model, prompts.shape[1] + self.generation.tokens)

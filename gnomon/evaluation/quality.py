@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NAMES = ("decode", "all")
+NAMES = ("decode", "all", "published")
 _CHUNK_BYTES = (
     128 * 2**20
 )  # of float32 logits at a time: 0.5 M of the embedded host's 49152-wide rows
@@ -30,7 +30,7 @@ class Protocol:
     """Which positions are sparse and scored.
 
     Attributes:
-        name: ``decode`` or ``all``.
+        name: ``decode``, ``all``, or ``published`` (scored as ``all``).
         prompt: P, prompt tokens of each block under ``decode``; unused under ``all``.
 
     Raises:

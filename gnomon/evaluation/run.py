@@ -93,21 +93,20 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     found = find(policy["name"], policy.get("predictor"), root, bench.spec)
     if found.predictor is not None:
         found.predictor.check(criterion=policy.get("criterion"), rank=policy.get("rank"))
-    subject = make_subject(policy, budget, found, find_means(found, root, bench.spec))
-    results = start_results(
-        bench, subject, found, policy.get("params") or {}, command=command, seed=seed
-    )
+    means = find_means(found, root, bench.spec)
+    subject = make_subject(policy, budget, found, means, root, bench.spec)
+    results = start_results(bench, subject, found, subject.params, command=command, seed=seed)
     for measure in measures:
         measure.check(bench)
     with collect_warnings() as warnings:
-        seen = overlap(bench, found)
-        if seen:
-            warn(seen)
+        leaks = [overlap(bench, source) for source in (found, *subject.inside)]
+        for leak in filter(None, leaks):
+            warn(leak)
         for measure in measures:
             measure.run(bench, subject, results)
     if warnings:
         results["warnings"] = warnings
-    return Outcome(results, write_results(results, folder), seen)
+    return Outcome(results, write_results(results, folder), next(filter(None, leaks), None))
 
 
 def once(kind: str, config: Mapping[str, Any], make: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from gnomon.budget import Budget
 from gnomon.evaluation.bench import Bench
 from gnomon.evaluation.brackets import identity, means_digest
 from gnomon.host import KINDS, HostSpec
-from gnomon.policies import POLICIES, Policy, build_policy
+from gnomon.policies import POLICIES, Policy
 from gnomon.predictors.base import Predictor, PredictorInfo
 from gnomon.predictors.folder import find_predictor, load_predictor
 
@@ -32,12 +32,16 @@ class Subject:
         identity: what tells it from other policies.
         means: per-unit means for the static bracket, if any predictor of the host holds them.
         metrics: the predictor's held-out metrics, recorded at training.
+        params: the policy's own parameters, with what was found inside them.
+        inside: predictors of the policies inside it.
     """
 
     policy: Policy
     identity: str
     means: Mapping[Any, Tensor] | None = None
     metrics: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inside: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,29 @@ def find_means(found: Found, root: str | Path, spec: HostSpec) -> Mapping[Any, T
 
 
 def make_subject(
-    config: Mapping[str, Any], budget: Budget, found: Found, means: Mapping[Any, Tensor] | None
+    config: Mapping[str, Any],
+    budget: Budget,
+    found: Found,
+    means: Mapping[Any, Tensor] | None,
+    root: str | Path,
+    spec: HostSpec,
 ) -> Subject:
-    """Builds the policy from its config (``name refresh batch kv params``)."""
-    params = dict(config.get("params") or {})
-    settings = {key: config.get(key) for key in ("refresh", "batch", "kv")}
-    policy = build_policy(config["name"], budget, found.predictor, **settings, **params)
-    predictor = found.predictor
+    """Builds the policy from its config (``name refresh batch kv params``).
+
+    ``root`` and ``spec`` find the predictors of policies inside it (``params.inner``).
+    """
+    from gnomon.evaluation.inner import build
+
+    built = build(config, budget, found, root, spec)
+    policy, params, predictor = built.policy, built.params, found.predictor
     source = ""
     if predictor is not None:
         learned = policy.predictor is not None
         source = predictor_digest(predictor) if learned else means_digest(predictor.means)
-    metrics = predictor_metrics(predictor) if policy.predictor is not None else None
-    return Subject(policy, identity(policy, params, source), means, metrics)
+    known = predictor is not None and policy.predictor is predictor
+    metrics = predictor_metrics(predictor) if known else None
+    about = identity(policy, params, source + built.identity)
+    return Subject(policy, about, means, metrics, params, built.inside)
 
 
 def predictor_metrics(predictor: Any) -> dict[str, Any] | None:

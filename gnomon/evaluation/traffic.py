@@ -9,13 +9,14 @@ first token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import gnomon
-from gnomon.accounting import SCALE_BYTES, Density, HostBytes
+from gnomon.accounting import LINEARS, SCALE_BYTES, Density, HostBytes, Role
 from gnomon.evaluation.quality import tail_logits
 from gnomon.host import HostSpec, UnitKind
 from gnomon.policies import Policy
@@ -63,6 +64,7 @@ def step_traffic(
     drop: bool = False,
     predictor: float = 0,
     int8: bool = False,
+    read: Mapping[Role, float] | None = None,
 ) -> Traffic:
     """Bytes of one step.
 
@@ -74,11 +76,15 @@ def step_traffic(
         drop: key and value projections of inactive groups are skipped (``kv=drop``).
         predictor: bytes of the predictor that a step reads.
         int8: weights are row-scaled int8; cache, norms and biases keep the host's dtype.
+        read: fraction of each linear, where a policy reads other parts than its units
+            (``Policy.fractions``); ``drop`` is part of it.
     """
     size = torch.empty(0, dtype=getattr(torch, host.dtype)).element_size()
     union = kept.union
     matrices = host.q_out * union.heads + host.kv_proj * (union.groups if drop else 1.0)
     matrices += host.ffn * union.neurons + host.head
+    if read is not None:
+        matrices = host.weights(read) - host.other
     stored = matrices + SCALE_BYTES * host.rows if int8 else size * matrices
     cache = size * host.kv_per_token * context * batch * kept.each.groups
     return Traffic(stored + size * host.other, cache, predictor)
@@ -131,4 +137,10 @@ class _Union:
             kind: sum(float(self._kept.get((kind, i), 1.0)) for i in layers) / self._spec.L
             for kind in ("heads", "neurons", "groups")
         }
-        return Density(means["heads"], means["neurons"], means["groups"])
+        channels = {
+            str(role): sum(float(self._kept.get((role, i), 1.0)) for i in layers) / self._spec.L
+            for role in LINEARS
+            if any((role, i) in self._kept for i in layers)
+        }
+        neurons = channels.get("down", means["neurons"])
+        return Density(means["heads"], neurons, means["groups"], channels=channels)

@@ -7,27 +7,42 @@ from typing import Any
 
 from gnomon.budget import Budget
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.cats import Cats
+from gnomon.policies.chess import Chess
+from gnomon.policies.core import Core
 from gnomon.policies.dejavu import DejaVu
 from gnomon.policies.dense import Dense
+from gnomon.policies.dense_fallback import DenseFallback
 from gnomon.policies.dense_int8 import DenseInt8
+from gnomon.policies.ffsplit import FFSplit
+from gnomon.policies.glass import Glass
+from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
+from gnomon.policies.skip_sublayers import SkipSublayers
 from gnomon.policies.static import Static
+from gnomon.policies.teal import Teal
+from gnomon.policies.wrap import Wrapper
 
 POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu)
+    cls.name: cls
+    for cls in (
+        *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
+        *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
+        *(Core, DenseFallback),
+    )
 }
 
 COMMON = ("refresh", "batch", "kv")
 
 
-def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any) -> Policy:
+def build_policy(name: str, budget: Budget | None, predictor: Any = None, **params: Any) -> Policy:
     """Builds a policy by its config name.
 
     Args:
         name: a key of ``POLICIES``.
-        budget: ignored by the dense baselines.
+        budget: ignored by the dense baselines; None for a wrapper whose parameters say it all.
         predictor: a loaded predictor; ``static`` takes its means.
         **params: the policy's own arguments; those that are None keep their default.
 
@@ -43,6 +58,12 @@ def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any
     unknown = [k for k in given if k not in takes and k not in COMMON]
     if unknown:
         raise ValueError(f"policy={name} has no {', '.join(unknown)}; it takes {', '.join(takes)}")
+    needs_inner = "inner" in takes and takes["inner"].default is inspect.Parameter.empty
+    if needs_inner and "inner" not in given:
+        raise ValueError(
+            f"policy={name} is put round another policy: give it one, e.g. "
+            "'policy.params.inner={name: shadow, predictor: auto}'"
+        )
     needed = {k: v for k, v in extra.items() if k in takes}
     policy = cls(**needed, **{k: v for k, v in given.items() if k in takes})
     for key in COMMON:
@@ -56,14 +77,24 @@ def build_policy(name: str, budget: Budget, predictor: Any = None, **params: Any
 
 __all__ = [
     "POLICIES",
+    "Cats",
+    "Chess",
+    "Core",
     "DejaVu",
     "Dense",
+    "DenseFallback",
     "DenseInt8",
+    "FFSplit",
+    "Glass",
+    "Griffin",
     "Oracle",
     "Policy",
     "Random",
     "Seen",
     "Shadow",
+    "SkipSublayers",
     "Static",
+    "Teal",
+    "Wrapper",
     "build_policy",
 ]

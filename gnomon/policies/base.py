@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from gnomon.accounting import HostBytes, solve_bytes
-from gnomon.budget import Budget, layer_counts
+from gnomon.accounting import Density, HostBytes, Role, solve_bytes
+from gnomon.budget import Budget, choices, layer_counts
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
+from gnomon.policies.statistic import PromptStatistic
 
 if TYPE_CHECKING:
     from gnomon.predictors.base import Predictor
@@ -39,13 +40,26 @@ class Seen:
         live: Tensor,
         memo: dict[Any, Any],
         units: Tensor | None = None,
+        prompt: PromptStatistic | None = None,
+        gate: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self._hidden, self._memo = hidden, memo
+        self._hidden, self._memo, self._prompt, self._gate = hidden, memo, prompt, gate
         self.positions, self.live, self.units = positions, live, units
+
+    @property
+    def prompt(self) -> PromptStatistic:
+        """The prompt's sums, of a policy that observes it."""
+        assert self._prompt is not None
+        return self._prompt
 
     def hidden(self, tap: Tap) -> Tensor:
         """Hidden state (B, T', W) at a tap that this forward has already passed."""
         return self._hidden(tap)
+
+    def gate(self, layer: int) -> Tensor:
+        """act(gate) of a layer's FFN, (B, T', F), for a policy that reads it."""
+        assert self._gate is not None
+        return self._gate(layer)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` the first time in this forward, the same value afterwards."""
@@ -72,8 +86,12 @@ class Policy:
     name: ClassVar[str]
     refreshes: ClassVar[tuple[Refresh, ...]] = ("token",)
     spreads: ClassVar[tuple[str, ...]] = ("layer",)
-    needs_units: ClassVar[bool] = False  # the oracle alone: it looks at what it decides about
-    weight_dtype: ClassVar[str | None] = None  # None: the host's own
+    kinds: tuple[UnitKind, ...] = KINDS  # unit kinds it decides; others stay dense
+    observes: tuple[UnitKind, ...] = ()  # unit kinds of the dense prompt that it sums up
+    channels: tuple[Role, ...] = ()  # linears whose input channels it skips
+    reads_gate: bool = False  # neurons are decided from the gate, which is dense
+    needs_units: bool = False  # the oracle alone: it looks at what it decides about
+    weight_dtype: str | None = None  # None: the host's own
     predictor: Predictor | None = None
     bytes_dtype: str | None = None  # dtype of byte accounting; None: the live host's
 
@@ -84,7 +102,7 @@ class Policy:
         batch: Batch = "per_sequence",
         kv: KV = "keep",
     ) -> None:
-        self.budget = budget
+        self.budget = self._own(budget)
         self.refresh: Refresh = self.refreshes[0] if refresh is None else refresh
         self.batch, self.kv = batch, kv
         self._offer("refresh", self.refresh, self.refreshes)
@@ -115,12 +133,69 @@ class Policy:
         """Hidden states that :meth:`scores` reads."""
         return ()
 
+    def observe(self, kind: UnitKind, layer: int, units: Tensor, valid: Tensor) -> Tensor:
+        """What the prompt's dense tokens say of one layer's units, summed over tokens.
+
+        Called for the kinds in ``observes``; :meth:`scores` finds the sums in ``seen.prompt``.
+
+        Args:
+            kind, layer: of the units.
+            units: (B, T', F), or (B, T', H, d) for heads.
+            valid: (B, T') tokens at positions up to P-2, padding excluded.
+
+        Returns:
+            (B, N), fp32.
+        """
+        raise NotImplementedError
+
+    def keep_channels(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """Channels of a linear's input that are read: x (B, T', W) -> bool (B, T', W)."""
+        raise NotImplementedError
+
+    def channel_density(self, role: Role, budget: Budget) -> float:
+        """Kept fraction of a linear's input channels that a budget aims at."""
+        return 1.0
+
+    def expected(self, kind: UnitKind, budget: Budget) -> list[float]:
+        """Kept fraction of a kind in every layer that a budget aims at, in whole units."""
+        n = choices(budget, self.spec, kind)
+        if budget.target(kind) == 1:
+            return [1.0] * self.spec.L
+        decided = [self.decides(kind, layer) for layer in range(self.spec.L)]
+        return [k / n for k in layer_counts(budget, self.spec, kind, decided)]
+
+    def fractions(self, density: Density) -> dict[Role, float]:
+        """What of each linear of a layer a token reads, in the mean over layers."""
+        kv = density.groups if self.kv == "drop" else 1.0
+        heads, neurons = density.heads, density.neurons
+        ffn: dict[Role, float] = {"gate": neurons, "up": neurons, "down": neurons}
+        return {"q": heads, "k": kv, "v": kv, "out": heads, **ffn}
+
     def prepare(self, model: nn.Module) -> None:
         """Computes what :meth:`scores` needs of the host; called once by :meth:`bind`."""
 
     def transform(self, model: nn.Module) -> AbstractContextManager[None]:
         """Changes of the host's weights while the policy is active, undone on exit."""
         return nullcontext()
+
+    @property
+    def transforms(self) -> bool:
+        """Whether :meth:`transform` changes anything."""
+        return type(self).transform is not Policy.transform
+
+    def saved_bytes(self, density: Density, size: int) -> float:
+        """Bytes per token by which :meth:`transform` makes the weights that are read smaller.
+
+        Args:
+            density: achieved.
+            size: bytes of an element of the host's weights as they are stored.
+        """
+        return 0.0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was solved or chosen at :meth:`bind`, for the record of a result."""
+        return {}
 
     @property
     def predictor_bytes(self) -> float:
@@ -135,16 +210,33 @@ class Policy:
         Raises:
             ValueError: the predictor belongs to another host, or the budget cannot be met.
         """
-        self.spec = spec or describe(model)
-        self.bytes = HostBytes.of(model, self.spec)
+        self.start(model, spec or describe(model))
+        self.settle(self._resolve())
+
+    def start(self, model: nn.Module, spec: HostSpec) -> None:
+        """First half of :meth:`bind`: the host, while the budget's bytes are not solved yet."""
+        self.spec, self.bytes = spec, HostBytes.of(model, spec)
         self.prepare(model)
-        self.resolved = replace(self.budget, bytes=None, density=0.5)  # while bytes are solved
-        self.resolved = self._resolve()
+        self.resolved = replace(self.budget, bytes=None, density=0.5)
+
+    def settle(self, budget: Budget) -> None:
+        """Second half of :meth:`bind`: the budget, in densities."""
+        self.resolved = budget
         self.counts = {kind: self.count_layers(kind) for kind in KINDS}
 
     def keeps_all(self, kind: UnitKind, layer: int) -> bool:
         """Whether nothing is skipped in this layer."""
         return self.resolved.target(kind) == 1 or not self.decides(kind, layer)
+
+    def skips(self, kind: UnitKind, layer: int) -> bool:
+        """Whether no decision ever keeps a unit of this layer."""
+        return False
+
+    @property
+    def skips_nothing(self) -> bool:
+        """Whether every unit and every channel is kept."""
+        units = all(self.keeps_all(kind, i) for kind in KINDS for i in range(self.spec.L))
+        return units and all(self.channel_density(r, self.resolved) == 1 for r in self.channels)
 
     def kept(self, kind: UnitKind, layer: int) -> int | None:
         """Units that every decision of a layer keeps; None where the number varies by decision."""
@@ -186,6 +278,20 @@ class Policy:
             return self.budget
         density = solve_bytes(self, self.budget)
         return replace(self.budget, bytes=None, density=density)
+
+    def _own(self, budget: Budget) -> Budget:
+        """The budget with the kinds that the policy does not decide kept whole."""
+        for kind in KINDS:
+            asked = getattr(budget, kind)
+            if kind not in self.kinds and asked not in (None, 1):
+                raise ValueError(
+                    f"budget.{kind}={asked:g}: policy={self.name} decides {', '.join(self.kinds)} "
+                    f"alone and keeps all {kind}; leave budget.{kind} out or use another policy"
+                )
+            if kind not in self.kinds:
+                whole = {"heads": 1.0} if kind == "heads" else {"neurons": 1.0}
+                budget = replace(budget, **whole)  # type: ignore[arg-type]
+        return budget
 
     def _offer(self, field: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

@@ -6,10 +6,10 @@ are skipped only under ``kv=drop``; labels are the top units by any criterion.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gnomon.budget import Budget
-from gnomon.host import KINDS, HostSpec, UnitKind
+from gnomon.host import KINDS, UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import KV, Batch, Refresh, Seen
 from gnomon.policies.learned import Learned
@@ -43,9 +43,9 @@ class DejaVu(Learned):
                 "budget.spread=layer"
             )
 
-    def bind(self, model: nn.Module, spec: HostSpec | None = None) -> None:
+    def settle(self, budget: Budget) -> None:
         """Also calibrates the thresholds: they wait for the device, which no decode step may."""
-        super().bind(model, spec)
+        super().settle(budget)
         sparse = [k for k in KINDS if self.resolved.target(k) < 1]
         calibrated = sparse if self.resolved.spread != "layer" else []
         self._cut = {kind: self._threshold(kind) for kind in calibrated}

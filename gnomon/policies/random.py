@@ -37,7 +37,7 @@ class Random(Policy):
         when = seen.positions if self.refresh == "token" else torch.zeros_like(seen.positions)
         units = torch.arange(self.spec.units(kind), device=when.device)
         stream = (self.seed * 1_000_003 + layer) * 2 + KINDS.index(kind)
-        return _uniform(when[..., None] * 65_537 * 1_031 + units, stream)
+        return uniform(when[..., None] * 65_537 * 1_031 + units, stream)
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
         """Under ``global`` every unit of every layer is kept with the same probability."""
@@ -47,7 +47,7 @@ class Random(Policy):
         return keep | (scores == scores.amax(-1, keepdim=True))
 
 
-def _uniform(x: Tensor, stream: int) -> Tensor:
+def uniform(x: Tensor, stream: int) -> Tensor:
     """Counter-based hash (the splitmix64 finaliser) of int64 counters to floats in [0, 1)."""
     x = x + stream * 2_654_435_769
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):

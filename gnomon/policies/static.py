@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gnomon.budget import Budget, global_counts
-from gnomon.host import KINDS, UnitKind
+from gnomon.host import KINDS, HostSpec, UnitKind
 from gnomon.policies.base import KV, Batch, Policy, Seen
 
 
@@ -19,6 +19,28 @@ class HasMeans(Protocol):
     @property
     def means(self) -> Mapping[str, Tensor]:
         """``heads`` (L, H) and ``neurons`` (L, F)."""
+
+
+Source = HasMeans | Mapping[str, Tensor]
+
+
+def means_of(source: Source) -> dict[UnitKind, Tensor]:
+    """Per-unit means in fp32, kind -> (L, N)."""
+    means = source if isinstance(source, Mapping) else source.means
+    return {kind: torch.as_tensor(means[kind]).float() for kind in KINDS}
+
+
+def check_means(source: Source, means: Mapping[UnitKind, Tensor], spec: HostSpec) -> None:
+    """Raises ValueError where means belong to another host."""
+    if hasattr(source, "check_host"):
+        source.check_host(spec)
+    for kind in KINDS:
+        found, wanted = tuple(means[kind].shape), (spec.L, spec.units(kind))
+        if found != wanted:
+            raise ValueError(
+                f"means of {kind} have shape {found}; host {spec.name} needs {wanted}: use a "
+                "predictor or traces of this host"
+            )
 
 
 class Static(Policy):
@@ -35,27 +57,17 @@ class Static(Policy):
 
     def __init__(
         self,
-        source: HasMeans | Mapping[str, Tensor],
+        source: Source,
         budget: Budget,
         batch: Batch = "per_sequence",
         kv: KV = "keep",
     ) -> None:
         super().__init__(budget, "static", batch, kv)
-        means = source if isinstance(source, Mapping) else source.means
-        self._source = source
-        self._means = {kind: torch.as_tensor(means[kind]).float() for kind in KINDS}
+        self._source, self._means = source, means_of(source)
 
     def prepare(self, model: nn.Module) -> None:
         """Checks that the means belong to this host."""
-        if hasattr(self._source, "check_host"):
-            self._source.check_host(self.spec)
-        for kind in KINDS:
-            found, wanted = tuple(self._means[kind].shape), (self.spec.L, self.spec.units(kind))
-            if found != wanted:
-                raise ValueError(
-                    f"means of {kind} have shape {found}; host {self.spec.name} needs {wanted}: "
-                    "use a predictor or traces of this host"
-                )
+        check_means(self._source, self._means, self.spec)
 
     def scores(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
         """Mean scores, (N,)."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gnomon.host import KINDS, HostSpec, module
+from gnomon.host import HostSpec, module
 from gnomon.kernels import cpu_gather
 from gnomon.kernels.column_gather import column_gather_reference, column_gather_triton
 from gnomon.kernels.gather_common import rows_of
@@ -53,9 +53,7 @@ def choose_backend(backend: str, model: nn.Module, policy: Policy) -> str:
         if refusal is not None:
             raise ValueError(refusal)
         return backend
-    dense = all(policy.keeps_all(k, i) for k in KINDS for i in range(policy.spec.L))
-    transforms = type(policy).transform is not Policy.transform
-    if refusal is not None or dense or transforms:
+    if refusal is not None or policy.skips_nothing or policy.transforms:
         return "mask"
     if device.type == "cuda" and triton is not None:
         return "triton"

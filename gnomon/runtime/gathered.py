@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from gnomon.accounting import Role
 from gnomon.host import HostSpec, LayerSpec, Tap, UnitKind, module
 from gnomon.kernels.compact import compact_mask
 from gnomon.runtime.backends import Gather, Index
@@ -115,6 +116,9 @@ class Compact:
 
     def run(self, x: Tensor, side: Side, outputs: int, gather: Gather) -> Tensor:
         """x (B, T, W) -> (B, T, outputs)."""
+        if len(self.units) == 0:  # a skipped sublayer: a bias at most
+            nothing = x.new_zeros(*x.shape[:-1], outputs)
+            return nothing + self.bias if side == "columns" and self.bias is not None else nothing
         if side == "columns":
             return gather.dense(x[..., self.units], self.weight, self.bias)
         y = gather.dense(x, self.weight, self.bias)
@@ -141,10 +145,18 @@ class Gathered:
         undo: list[Callable[[], None]] = []
         try:
             for i, layer in enumerate(self.spec.layers):
+                channels = {
+                    path: role for role, path in self.session.channels.thresholded(i).items()
+                }
                 for side, kind, tap, path in self._sides(i, layer):
+                    if path in channels:
+                        continue
                     linear = module(self.model, path)
                     forward = partial(self._run, side, kind, i, tap, path, linear)
                     undo.append(_replace(linear, forward))
+                for path, role in channels.items():
+                    linear = module(self.model, path)
+                    undo.append(_replace(linear, partial(self._read, role, i, linear)))
             yield
         finally:
             for put_back in undo:
@@ -161,11 +173,30 @@ class Gathered:
                 yield "groups", "heads", attention, layer.k
                 yield "groups", "heads", attention, layer.v
         yield "columns", "heads", None, layer.out
-        if spec.neurons_apart:
-            if layer.gate is not None and spec.gate_up == "separate":
+        if spec.neurons_apart and spec.gate_up == "separate":
+            if layer.gate is not None and not self.session.policy.reads_gate:
                 yield "rows", "neurons", ffn, layer.gate
-            yield "rows" if spec.gate_up == "separate" else "gate_up", "neurons", ffn, layer.up
+            yield "rows", "neurons", ffn, layer.up
+        elif spec.neurons_apart and not self.session.policy.reads_gate:
+            yield "gate_up", "neurons", ffn, layer.up
         yield "columns", "neurons", None, layer.down
+
+    def _read(
+        self, role: Role, layer: int, linear: nn.Module, original: Forward, x: Tensor
+    ) -> Tensor:
+        """A linear that reads chosen channels of the sparse tail's input."""
+        session = self.session
+        if not session.gathers:
+            return original(x)
+        assert isinstance(linear, nn.Linear)
+        rows, start = session.hooks.rows(x), session.start
+        tail = rows[:, start:]  # one token per row: what is read differs between tokens
+        kept = Kept(session.channels.read(role, layer, tail)[:, 0], None, False)
+        bias = None if linear.bias is None else linear.bias.detach()
+        weight = self._transpose(linear)
+        tail = self.gather.columns(tail[:, 0], weight, bias, kept.index(1))[:, None]
+        whole = torch.cat([original(rows[:, :start]), tail], dim=1) if start else tail
+        return whole.reshape(*x.shape[:-1], whole.shape[-1])
 
     def _run(
         self,

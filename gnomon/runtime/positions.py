@@ -2,7 +2,8 @@
 
 A sequence has a prompt of P tokens, padding excluded. Under ``decode`` positions < P-1 are dense
 and position P-1 and all after it are sparse; under ``all`` every position is. ``prompt`` refresh
-decides at position P-2.
+decides at position P-2. ``published`` is ShadowLLM's accuracy set-up, which is not causal: every
+position is sparse, and ``prompt`` refresh decides from the last token of the whole text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Protocol = Literal["decode", "all"]
+Protocol = Literal["decode", "all", "published"]
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Step:
         positions: (B, T) index of the token in its own sequence; padding has no meaning.
         decide_at: (B,) column of position P-2 when this forward holds it, else None.
         single: a decode step of one token per row.
+        begins: the cache is empty before it, or there is none.
     """
 
     sparse: Tensor
@@ -33,6 +35,12 @@ class Step:
     positions: Tensor
     decide_at: Tensor | None
     single: bool
+    begins: bool = False
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, T) bool, tokens of the prompt that are dense."""
+        return self.live & ~self.sparse
 
     @property
     def start(self) -> int | None:
@@ -46,7 +54,7 @@ class Step:
 def check_protocol(protocol: str) -> None:
     """Raises ValueError for an unknown protocol."""
     if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol={protocol!r}: use {' or '.join(get_args(Protocol))}")
+        raise ValueError(f"protocol={protocol!r}: use {', '.join(get_args(Protocol))}")
 
 
 def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor | None) -> Step:
@@ -54,8 +62,9 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
 
     Args:
         args: by name, as ``HostHooks.on_forward`` hands them over.
-        protocol: ``decode`` or ``all``.
-        prompt_length: P, one for all rows or (B,); None where the cache tells.
+        protocol: ``decode``, ``all`` or ``published``.
+        prompt_length: P, one for all rows or (B,); None where the cache tells. With a cache the
+            prompt may come in chunks.
 
     Raises:
         ValueError: a multi-token forward without cache has no boundary; P does not fit.
@@ -69,11 +78,22 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
     given = args.get("position_ids")
     if past > 0 and isinstance(given, Tensor) and given.dim() == 2:
         positions = given.to(device).expand(batch, length)  # a 4-D mask hides the left padding
+    if protocol == "published":
+        if past > 0:
+            raise ValueError(
+                "protocol='published' decides from the last token of a whole text and has no "
+                "decode steps: use protocol='decode' to generate (and "
+                "measure.quality.generation.tokens=0 to leave continuations out)"
+            )
+        at = _column(live, positions, live.sum(1) - 1)
+        return Step(live.clone(), live, positions, at, single=False, begins=True)
     if protocol == "all":
-        return Step(live.clone(), live, positions, None, single=length == 1 and past > 0)
+        single = length == 1 and past > 0
+        return Step(live.clone(), live, positions, None, single, begins=past == 0)
     if prompt_length is not None:
         ends = _lengths(prompt_length, batch, device)
-        if past == 0 and bool((ends > live.sum(1)).any()):
+        chunked = cache is not None or args.get("use_cache")  # a prompt may go on in later forwards
+        if not chunked and bool((ends > live.sum(1)).any()):
             raise ValueError(
                 f"prompt_length={ends.tolist()} exceeds the rows' lengths {live.sum(1).tolist()}"
             )
@@ -87,7 +107,8 @@ def read_step(args: dict[str, Any], protocol: str, prompt_length: int | Tensor |
             'protocol="all" or prompt_length= to sparsify, or use generate()'
         )
     sparse = live & (positions >= (ends - 1)[:, None])
-    return Step(sparse, live, positions, _column(live, positions, ends - 2), single=False)
+    at = _column(live, positions, ends - 2)
+    return Step(sparse, live, positions, at, single=False, begins=past == 0)
 
 
 def _column(live: Tensor, positions: Tensor, wanted: Tensor) -> Tensor | None:

@@ -9,9 +9,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from gnomon.host import UnitKind
+from gnomon.policies.statistic import PromptStatistic
 from gnomon.runtime.positions import Step
 
 T = TypeVar("T")
+STATISTIC = "statistic"
 
 
 class PromptDecisions:
@@ -26,7 +28,10 @@ class PromptDecisions:
         """A forward begins: with the prompt's boundary in it, or on a cache decided before."""
         self._rows = step.live.shape[0]
         self._open = step.decide_at is not None or cache is None or cache not in self._by_cache
-        self._current = {} if self._open else self._by_cache[cache]
+        held = {} if cache is None or step.begins else self._by_cache.get(cache, {})
+        if self._open:  # earlier chunks of a prompt leave their statistic, not a decision
+            held = {key: value for key, value in held.items() if key == STATISTIC}
+        self._current = held
         if self._open and cache is not None:
             self._by_cache[cache] = self._current
 
@@ -34,6 +39,15 @@ class PromptDecisions:
         """A forward that began without a cache has made one."""
         if cache is not None and cache not in self._by_cache:
             self._by_cache[cache] = self._current
+
+    @property
+    def made(self) -> bool:
+        """Whether anything has been decided for the running sequence."""
+        return any(key != STATISTIC for key in self._current)
+
+    def statistic(self, make: Callable[[], PromptStatistic]) -> PromptStatistic:
+        """What is summed up over the running sequence's prompt."""
+        return self.once(STATISTIC, make)
 
     def decision(self, kind: UnitKind, layer: int, make: Callable[[], Tensor]) -> Tensor:
         """The sequence's active set (B, 1, N), made at its prompt."""

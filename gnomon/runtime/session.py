@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gnomon.accounting import Density
+from gnomon.accounting import Density, Role
+from gnomon.activation import activation
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.statistic import PromptStatistic
+from gnomon.runtime.channels import Channels
 from gnomon.runtime.counts import Counts
 from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
 from gnomon.runtime.prompts import PromptDecisions
+from gnomon.runtime.skipped import SkippedAttention
 
 T = TypeVar("T")
-Decision = Callable[[UnitKind, int, Tensor, Step], None]
+Decision = Callable[[Any, int, Tensor, Step], None]  # a unit kind, or the role of a linear
 
 
 class Session:
@@ -28,11 +32,13 @@ class Session:
 
     Attributes:
         on_decision: called with (kind, layer, active set (B, T', N) at the sparse columns, step)
-            for every decision; for tests, recorders and agreement checks.
+            for every decision; for tests, recorders and agreement checks. Where channels are
+            skipped, with the linear's role and the channels (B, T', W) that it reads.
         step: positions of the forward that is running or ran last.
         start: its first sparse column; None while it is dense.
         gathers: whether its sparse columns are gathered; else they are masked.
         backend: ``mask``, ``torch`` or ``triton``.
+        channels: the linears whose input channels are skipped.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Session:
         self.start: int | None = None
         self.backend, self.gathers = backend, False
         self._gathered = None if backend == "mask" else Gathered(self, model, backend)
+        self._skipped = None if backend == "mask" else SkippedAttention(self, model)
         self._taps = frozenset(policy.taps())
         self._for_all: dict[Any, Any] = {}
         self._counts = Counts(spec)
@@ -60,9 +67,17 @@ class Session:
         self.hooks = HostHooks(model, spec)
         self.hooks.on_forward(self._start)
         self.hooks.on_cache(self._prompts.keep)
+        if self._skipped is not None and self._skipped.layers:
+            self.hooks.on_cache(self._skipped.forget)
         for kind in KINDS:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
+        self.channels = Channels(self)
+        self.channels.hook(self.hooks)
+        if policy.reads_gate:
+            self._act = activation(spec)
+            for layer in range(spec.L):
+                self.hooks.on_branch(layer, "gate", partial(self._see_gate, layer))
         for tap in policy.taps():  # after the masks: a context is read without its skipped heads
             self.hooks.on_tap(tap, partial(self._see, tap))
 
@@ -70,9 +85,27 @@ class Session:
         """Achieved densities over all sparse positions so far (padding excluded)."""
         return self._counts.density()
 
-    def replaced(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
         """Inside, the host's linears gather; nothing is replaced under ``mask``."""
-        return nullcontext() if self._gathered is None else self._gathered.replaced()
+        with ExitStack() as stack:
+            for part in (self._gathered, self._skipped):
+                if part is not None:
+                    stack.enter_context(part.replaced())
+            yield
+
+    @property
+    def all_sparse(self) -> bool:
+        """Whether the running forward has no dense token, in any row."""
+        step = self.step
+        if step is None or self.start != 0:
+            return False
+        return self.once("all sparse", lambda: step.single or not bool(step.prompt.any()))
+
+    def note_skipped(self, kind: UnitKind, layer: int) -> None:
+        """Counts and reports a sublayer that did not run."""
+        assert self.step is not None
+        self._noted(kind, layer, None, self.step.sparse)
 
     def kept(self, kind: UnitKind, layer: int) -> Kept | None:
         """What one layer keeps of the running forward's sparse columns; None where it is dense."""
@@ -104,12 +137,28 @@ class Session:
         step = read_step(args, self.protocol, self.prompt_length)
         self.step, self.start = step, step.start
         self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
-        self.gathers = self._gathered is not None and self._can_gather(step)
         self._hidden: dict[Tap, Tensor] = {}
+        self._gates: dict[int, Tensor] = {}
         self._memo: dict[Any, Any] = {}
         self._live = step.live & ~self._finish(args, step)[:, None]
         if self.policy.refresh == "prompt":
             self._prompts.start(args.get("past_key_values"), step)
+        self._observe(step)
+        self.gathers = self._gathered is not None and self._can_gather(step)
+
+    def _observe(self, step: Step) -> None:
+        """Opens the prompt's statistic for what this forward holds of the prompt."""
+        self._statistic: PromptStatistic | None = None
+        if not self.policy.observes:
+            return
+        policy = self.policy
+        self._statistic = self._prompts.statistic(
+            lambda: PromptStatistic(policy.observes, policy.observe)
+        )
+        if step.single or self._prompts.made:
+            self._statistic.rest()
+        else:
+            self._statistic.begin(step.prompt)
 
     def _finish(self, args: dict[str, Any], step: Step) -> Tensor:
         """Rows that have ended: in single-token steps a stop token was fed back."""
@@ -125,12 +174,26 @@ class Session:
     def _see(self, tap: Tap, hidden: Tensor) -> None:
         self._hidden[tap] = hidden.detach()
 
+    def _see_gate(self, layer: int, gate: Tensor) -> None:
+        if self.start is not None:
+            self._gates[layer] = gate[:, self.start :].detach()
+
+    def note_channels(self, role: Role, layer: int, keep: Tensor) -> None:
+        """Counts and reports the input channels (B, T', W) that a linear reads."""
+        step, start = self.step, self.start
+        assert step is not None and start is not None
+        if self.on_decision is not None:
+            self.on_decision(role, layer, keep, step)
+        self._counts.add_channels(role, layer, keep, step.sparse[:, start:].to(keep.device))
+
     def _masker(self, kind: UnitKind, layer: int) -> Callable[[Tensor], Tensor | None]:
         """Multiplies the skipped units of one layer by zero at the sparse positions."""
 
         def mask(units: Tensor) -> Tensor | None:
             step, start = self.step, self.start
             assert step is not None
+            if self._statistic is not None and kind in self._statistic.kinds:
+                self._statistic.see(kind, layer, units)
             if start is None:
                 return None
             sparse = step.sparse[:, start:].to(units.device)
@@ -165,8 +228,14 @@ class Session:
         return keep
 
     def _can_gather(self, step: Step) -> bool:
-        """One sparse token per row, or a decision for all rows that small weights are made of."""
+        """One sparse token per row, or a decision for all rows that small weights are made of.
+
+        A layer's statistic is known only after its gate and up rows have run, so that the forward
+        that decides from one is masked.
+        """
         if self.start is None or torch.is_grad_enabled():
+            return False
+        if self._statistic is not None and not self._prompts.made:
             return False
         rows, columns = step.sparse.shape
         one_set = self.policy.refresh == "static" or rows == 1
@@ -200,11 +269,14 @@ class Session:
             live=self._live[:, start:],
             memo=self._memo,
             units=own,
+            gate=lambda layer: self._act(self._gates[layer]),
         )
         return self.policy.decide(kind, layer, seen)
 
     def _decide_prompt(self, kind: UnitKind, layer: int, step: Step) -> Tensor:
         """Once per sequence, from its last prompt token but one: (B, 1, N)."""
+        if self._statistic is not None:
+            return self._decide_observed(kind, layer, step, self._statistic)
         if step.decide_at is None:
             raise ValueError(
                 "refresh='prompt' decides from the prompt's last token but one: give every row a "
@@ -221,6 +293,27 @@ class Session:
         return self.policy.decide(
             kind, layer, Seen(hidden, positions, self._live[rows, at][:, None], self._memo)
         )
+
+    def _decide_observed(
+        self, kind: UnitKind, layer: int, step: Step, statistic: PromptStatistic
+    ) -> Tensor:
+        """Once per sequence, from what was summed up over its prompt: (B, 1, N)."""
+        if not bool(step.sparse.any(1).all()):
+            raise ValueError(
+                "refresh='prompt' decides for all sequences of a batch at once, and not every "
+                "prompt ends in this forward: give prompts of one length to a chunked prefill"
+            )
+        beyond = step.positions.new_tensor(torch.iinfo(step.positions.dtype).max)
+        lengths = torch.where(step.sparse, step.positions, beyond).amin(1)  # P-1
+        self.once("whole prompt", lambda: statistic.require(lengths))
+        seen = Seen(
+            hidden=lambda tap: self._hidden[tap],
+            positions=(lengths - 1)[:, None],
+            live=torch.ones_like(lengths, dtype=torch.bool)[:, None],
+            memo=self._memo,
+            prompt=statistic,
+        )
+        return self.policy.decide(kind, layer, seen)
 
 
 def _stop_tokens(model: nn.Module) -> list[int]:

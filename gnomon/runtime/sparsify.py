@@ -34,8 +34,11 @@ def sparsify(
             ``triton`` read the weights of kept units alone, where every row has one sparse token
             or the decision is fixed (:mod:`gnomon.runtime.gathered`); ``auto`` takes the fastest
             that can run the policy here (:func:`gnomon.runtime.backends.choose_backend`).
-        protocol: ``decode`` (positions from P-1 on are sparse) or ``all`` (every position is).
-        prompt_length: P for forwards without a cache, one for all rows or (B,).
+        protocol: ``decode`` (positions from P-1 on are sparse), ``all`` (every position is), or
+            ``published`` (every position is, and ``refresh=prompt`` decides from the last token of
+            the whole text: ShadowLLM's set-up, which is not causal).
+        prompt_length: P, one for all rows or (B,), for forwards without a cache, and for a prompt
+            that comes in chunks: without it the first forward on an empty cache is the prompt.
 
     Yields:
         The session: achieved densities, and a hook for every decision.
@@ -50,6 +53,11 @@ def sparsify(
         raise ValueError(
             "protocol='all' has no prompt to decide from: use policy.refresh=token, or "
             "protocol='decode' with policy.refresh=prompt"
+        )
+    if protocol == "published" and policy.observes:
+        raise ValueError(
+            f"protocol='published' has no dense prompt, which policy={policy.name} decides from: "
+            "use protocol='decode'"
         )
     if model in _active:
         raise ValueError(
