@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(PY) evaluate.py -m experiment=demo_eval
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # On a machine with a GPU: kernels compiled instead of interpreted, and the tests that need one.
 test-gpu: $(STAMP)

@@ -30,6 +30,7 @@ from tolerances import TOLERANCE, relative_rms
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hosts.md"
 MARKS = ("<!-- table: python tests/hosts.py -->", "<!-- end of table -->")
 HALF = Budget(density=0.5)
+PLAIN_FFN = ("opt", "gpt2", "gpt_neox", "falcon", "bloom", "phi", "starcoder2")  # no gate
 
 
 @dataclass(frozen=True)

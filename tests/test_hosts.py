@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import gnomon
 import gnomon.host as module
-from cases import POLICIES
+from cases import GATED_ONLY, POLICIES
 from gnomon.accounting import HostBytes, account, expected_density
 from gnomon.budget import Budget
 from gnomon.engine.engine import Engine
@@ -27,6 +27,7 @@ from hosts import (
     HOSTS,
     MARKS,
     PAGE,
+    PLAIN_FFN,
     Host,
     forward,
     gathers,
@@ -64,6 +65,7 @@ PAIRS = [
     (name, HOSTS[(i + shift) % len(HOSTS)])
     for i, name in enumerate(POLICIES)
     for shift in (0, 9, 18)
+    if not (name in GATED_ONLY and HOSTS[(i + shift) % len(HOSTS)].family in PLAIN_FFN)
 ]
 
 

@@ -6,16 +6,15 @@ import pytest
 import torch
 
 import gnomon
-from cases import POLICIES
+from cases import GATED_ONLY, POLICIES
 from gnomon.budget import Budget
 from gnomon.host import describe
 from gnomon.runtime.backends import choose_backend
 from gnomon.tiny import tiny_host
-from hosts import decoded
+from hosts import PLAIN_FFN, decoded
 from tolerances import TOLERANCE, relative_rms
 
 FUSED = ("phi3", "glm4", "gpt_neox", "gpt2", "falcon", "bloom", "olmo2", "cohere")
-PLAIN_FFN = ("gpt_neox", "gpt2", "falcon", "bloom")
 SYSTEMS = (
     "griffin-prompt",
     "griffin-magnitude",
@@ -31,7 +30,7 @@ SYSTEMS = (
     "skip-layers-of-griffin-prompt",
 )
 REFUSED = {
-    **{(name, f): "has no gate" for name in ("cats", "chess", "chess-ffn") for f in PLAIN_FFN},
+    **{(name, f): "has no gate" for name in GATED_ONLY for f in PLAIN_FFN},
     ("chess", "phi3"): "one linear makes q, k and v",
     ("ffsplit-of-shadow", "phi3"): "one linear for gate and up",
     ("ffsplit-of-shadow", "glm4"): "one linear for gate and up",
