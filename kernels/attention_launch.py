@@ -62,6 +62,8 @@ def plan(items: int, tokens: int, d: int, size: int, heads: int, device: torch.d
     heads.
     """
     dot, row = heads > 1 or size == 2, power_of_two(d) * size
+    if not items:  # no active head: writers alone
+        return Plan(16, 1, 4, 1, dot)
     tiles = [t for t in (32768 // row, 16384 // row, 8192 // row) if t >= 16] or [16]
     filling = [t for t in tiles if 2 * items * -(-tokens // t) >= 3 * processors(device)]
     block_t = filling[0] if filling else tiles[-1]

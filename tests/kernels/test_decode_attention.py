@@ -164,6 +164,15 @@ def test_slices_dtypes_and_registration(device: torch.device) -> None:
     )
 
 
+def test_no_head_of_a_long_cache(device: torch.device) -> None:
+    """A skipped attention sublayer still stores the new keys and values."""
+    given = arguments((1, 2, 1, 64, 5000, 64), "none", torch.bfloat16, "plain", device)
+    y, keys, values = run(decode_attention_triton, given)
+    _, right_keys, right_values = run(decode_attention_reference, given)
+    assert y.shape == (1, 0)
+    assert one_rounding(keys, right_keys) and torch.equal(values, right_values)
+
+
 def test_a_wrong_result_is_caught(device: torch.device) -> None:
     """A kernel that overlooks a setting, a place or the new token does not pass."""
     given = arguments((2, 3, 2, 20, 70, 20), "shuffled", torch.float32, "everything", device)
@@ -188,6 +197,7 @@ def test_plan_fills_the_processors() -> None:
     assert plan(1, 200, 128, 2, 1, cpu) == Plan(32, 7, 8, 1, dot=True)
     assert plan(1, 16384, 128, 2, 1, cpu).splits == 64  # several tiles a program
     assert plan(64, 4096, 128, 2, 1, cpu).splits == 1
+    assert plan(0, 64, 128, 2, 1, cpu).splits == plan(0, 8192, 128, 2, 1, cpu).splits == 1
     assert plan(4, 4096, 256, 4, 4, cpu).block_t == 16
     assert not plan(1, 64, 128, 4, 1, cpu).dot
 
