@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gnomon.kernels.column_gather import column_gather
 from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, activate, check_choice, check_list
-from gnomon.kernels.row_gather import launch_rows, row_gather_reference
+from gnomon.kernels.row_gather import row_gather_reference
+from gnomon.kernels.row_gemv import launch_rows
 
 
 def ffn_up_reference(
