@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gnomon.kernels.gather_common import NORMS, check_choice, check_list, normalise, rows_of
+from gnomon.kernels.gather_common import (
+    NORMS,
+    check_choice,
+    check_list,
+    normalise,
+    rows_of,
+    rows_wanted,
+)
 from gnomon.kernels.row_gemv import launch_rows, triton
 
 __all__ = ["row_gather", "row_gather_reference", "row_gather_triton", "triton"]
@@ -34,6 +41,7 @@ def row_gather_reference(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The specification, accumulated in fp32.
 
@@ -51,6 +59,8 @@ def row_gather_reference(
         out_dtype: of y; None takes x's.
         early: promises that the list was complete before the launch that precedes this one, so
             that weights may be fetched while that one drains; changes no result.
+        wanted: (M,) bool, without a list: of the last M blocks those that are read, the rows of
+            the others being 0. None reads all.
 
     Returns:
         (B, S·block); what lies past the count is undefined.
@@ -59,10 +69,12 @@ def row_gather_reference(
         ValueError: unknown norm, or a list that does not fit the batch.
     """
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0], weight.shape[0] // block)
+    check_list(index, count, x.shape[0], weight.shape[0] // block, wanted)
     x32 = normalise(x, norm, norm_weight, norm_bias, eps)
     if index is None:
         y = _affine(x32, weight, slice(None), scale, bias)
+        if wanted is not None:
+            y = torch.where(rows_wanted(wanted, weight.shape[0], block), y, 0)
     else:
         rows = rows_of(index, block, count)
         if rows.dim() == 1 or rows.shape[0] == 1:
@@ -96,10 +108,11 @@ def row_gather_triton(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0], weight.shape[0] // block)
+    check_list(index, count, x.shape[0], weight.shape[0] // block, wanted)
     return launch_rows(
         x,
         weight,
@@ -116,6 +129,7 @@ def row_gather_triton(
         "none",
         out_dtype or x.dtype,
         early,
+        wanted,
     )
 
 
@@ -138,6 +152,7 @@ def _(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     rows = weight.shape[0] if index is None else index.shape[-1] * block
     return x.new_empty((x.shape[0], rows), dtype=out_dtype or x.dtype)

@@ -19,7 +19,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _activate, _rows
+    from gnomon.kernels.gather_common import _activate, _reads, _rows
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -38,15 +38,18 @@ if triton is not None:
         gate_bias_ptr,
         norm_weight_ptr,
         norm_bias_ptr,
+        wanted_ptr,
         y_ptr,
         B,
         S,
+        before,
         eps,
         W: tl.constexpr,
         UNIT: tl.constexpr,
         HAS_INDEX: tl.constexpr,
         INDEX_STRIDE: tl.constexpr,
         HAS_COUNT: tl.constexpr,
+        HAS_WANTED: tl.constexpr,
         HAS_SCALE: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_GATE_BIAS: tl.constexpr,
@@ -79,7 +82,9 @@ if triton is not None:
         own = first * INDEX_STRIDE
         row = _rows(r, end, index_ptr, own, UNIT, HAS_INDEX)
         row_next = _rows(r + step, end, index_ptr, own, UNIT, HAS_INDEX)
-        mask = (r < end)[:, None] & in_w[None, :]
+        read = _reads(r < end, r, wanted_ptr, before, UNIT, HAS_WANTED)
+        read_next = _reads(r + step < end, r + step, wanted_ptr, before, UNIT, HAS_WANTED)
+        mask = read[:, None] & in_w[None, :]
         place = row.to(tl.int64)[:, None] * W + k[None, :]
         w = tl.load(up_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
         if GATED:
@@ -106,28 +111,29 @@ if triton is not None:
             if HAS_NORM_BIAS:
                 x += shift[None, :]
         for start in range(tl.program_id(0) * ROWS, end, step):
-            here, now, live = r, row, r < end
+            here, now, live, used = r, row, r < end, read
             w_now = w
             r = start + step + tl.arange(0, ROWS)
-            row = row_next
-            mask = (r < end)[:, None] & in_w[None, :]
+            row, read = row_next, read_next
+            mask = read[:, None] & in_w[None, :]
             place = row.to(tl.int64)[:, None] * W + k[None, :]
             w = tl.load(up_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
             if GATED:
                 g_now = g
                 g = tl.load(gate_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
             row_next = _rows(r + step, end, index_ptr, own, UNIT, HAS_INDEX)
+            read_next = _reads(r + step < end, r + step, wanted_ptr, before, UNIT, HAS_WANTED)
             y = tl.sum(w_now.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
             if HAS_SCALE:
-                y *= tl.load(up_scale_ptr + now, mask=live, other=0.0)[None, :]
+                y *= tl.load(up_scale_ptr + now, mask=used, other=0.0)[None, :]
             if HAS_BIAS:
-                y += tl.load(up_bias_ptr + now, mask=live, other=0.0).to(tl.float32)[None, :]
+                y += tl.load(up_bias_ptr + now, mask=used, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 z = tl.sum(g_now.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
                 if HAS_SCALE:
-                    z *= tl.load(gate_scale_ptr + now, mask=live, other=0.0)[None, :]
+                    z *= tl.load(gate_scale_ptr + now, mask=used, other=0.0)[None, :]
                 if HAS_GATE_BIAS:
-                    z += tl.load(gate_bias_ptr + now, mask=live, other=0.0).to(tl.float32)[None, :]
+                    z += tl.load(gate_bias_ptr + now, mask=used, other=0.0).to(tl.float32)[None, :]
                 y *= _activate(z, ACTIVATION)
             else:
                 y = _activate(y, ACTIVATION)
@@ -154,6 +160,7 @@ def launch_rows(
     activation: str,
     out_dtype: torch.dtype,
     early: bool,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Rows of one matrix, or of gate and up at once: y (B, S·unit). GEMV up to a batch of four."""
     x = x.contiguous()
@@ -162,7 +169,7 @@ def launch_rows(
     if batch > 4 and not own:
         fused = (norm_weight, norm_bias, norm, eps)
         return rows_batch(
-            x, up, gate, index, unit, count, scales, biases, *fused, activation, out_dtype
+            x, up, gate, index, unit, count, scales, biases, *fused, activation, out_dtype, wanted
         )
     slots = up.shape[0] // unit if index is None else index.shape[-1]
     y = torch.empty((batch, slots * unit), dtype=out_dtype, device=x.device)
@@ -180,15 +187,18 @@ def launch_rows(
         *biases,
         norm_weight,
         norm_bias,
+        wanted,
         y,
         batch,
         slots,
+        0 if wanted is None else slots - wanted.numel(),
         eps,
         W=width,
         UNIT=unit,
         HAS_INDEX=index is not None,
         INDEX_STRIDE=slots if own else 0,
         HAS_COUNT=count is not None,
+        HAS_WANTED=wanted is not None,
         HAS_SCALE=scales[0] is not None,
         HAS_BIAS=biases[0] is not None,
         HAS_GATE_BIAS=biases[1] is not None,
@@ -199,7 +209,7 @@ def launch_rows(
         BATCH=together,
         ROWS=rows,
         BLOCK_W=power_of_two(width),
-        EARLY=index is None or early,
+        EARLY=early or (index is None and wanted is None),
         num_warps=warps,
         **pdl(x.device),
     )

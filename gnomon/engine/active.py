@@ -27,6 +27,8 @@ class Active:
             None for all.
         early: the list was complete before the launch that precedes its first use.
         compacted: the weights in use hold the kept rows alone, in the list's order.
+        wanted: (N,) bool units that any sequence keeps, where R > 1: what a pass over the whole
+            weights reads.
     """
 
     index: Tensor
@@ -38,6 +40,7 @@ class Active:
     kv_slot: Tensor | None = None
     early: bool = False
     compacted: bool = False
+    wanted: Tensor | None = None
 
     @property
     def listed(self) -> bool:
