@@ -143,7 +143,7 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
     """Line name -> points in order of density; a point is the rows of all its seeds."""
-    keys = ("refresh", "batch", "kv")
+    keys = ("refresh", "batch", "kv", "prefill")
     grid = _is_grid(rows)
     names = {row["policy"] for row in rows}
     varying = {

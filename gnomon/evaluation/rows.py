@@ -18,6 +18,7 @@ COLUMNS = (
     "refresh",
     "batch",
     "kv",
+    "prefill",
     "predictor",
     "backend",
     "seed",
@@ -61,6 +62,7 @@ def entries(results: Mapping[str, Any]) -> Iterator[tuple[Row, Mapping[str, Any]
         "seed": results["seed"],
     } | _present({"prompt": results["protocol"].get("prompt")})
     own = {key: policy[key] for key in ("refresh", "batch", "kv")} | {"policy": policy["name"]}
+    own["prefill"] = policy.get("params", {}).get("prefill", "dense")
     own["backend"] = results["backend"]  # a bracket may have run on another
     own |= _present({"predictor": predictor_label(policy.get("predictor"))})
     quality = results.get("quality", {})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Refresh = Literal["static", "prompt", "token"]
 Batch = Literal["per_sequence", "shared"]
 KV = Literal["keep", "drop"]
+Prefill = Literal["dense", "sparse"]
 T = TypeVar("T")
 
 
@@ -78,6 +79,8 @@ class Policy:
             over live rows.
         kv: ``keep`` computes K and V of every head, ``drop`` skips those of inactive groups
             (byte accounting; the decision must be fixed for the sequence).
+        prefill: ``dense``, or ``sparse``: under ``protocol=decode`` the prompt is sparse too, as
+            under ``all``. For fixed policies alone.
 
     Raises:
         ValueError: a choice this policy does not offer.
@@ -101,6 +104,7 @@ class Policy:
         refresh: Refresh | None = None,
         batch: Batch = "per_sequence",
         kv: KV = "keep",
+        prefill: Prefill = "dense",
     ) -> None:
         self.budget = self._own(budget)
         self.refresh: Refresh = self.refreshes[0] if refresh is None else refresh
@@ -113,6 +117,7 @@ class Policy:
                 "policy.kv='drop' needs a decision that is fixed for the sequence: use "
                 "policy.refresh=prompt or static, or policy.kv=keep"
             )
+        self.set_prefill(prefill)
         if budget.spread not in self.spreads:
             raise ValueError(
                 f"policy={self.name} does not offer budget.spread={budget.spread!r}: use "
@@ -201,6 +206,22 @@ class Policy:
     def predictor_bytes(self) -> float:
         """Bytes of predictor weights that one decision reads."""
         return 0.0
+
+    def set_prefill(self, prefill: Prefill) -> None:
+        """Says whether the prompt is sparse too.
+
+        Raises:
+            ValueError: a value that is not offered, or ``sparse`` where the policy decides from
+                the prompt.
+        """
+        self._offer("prefill", prefill, get_args(Prefill))
+        if prefill == "sparse" and self.refresh != "static":
+            raise ValueError(
+                f"policy.prefill='sparse': policy={self.name} with refresh={self.refresh} decides "
+                "from the prompt, which stays dense for it. Use policy.refresh=static or a fixed "
+                "policy (static, skip_sublayers), or policy.prefill=dense"
+            )
+        self.prefill: Prefill = prefill
 
     # -- what the runtime calls -----------------------------------------------------------------
 

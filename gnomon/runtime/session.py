@@ -52,6 +52,8 @@ class Session:
     ) -> None:
         self.spec, self.policy = spec, policy
         self.protocol, self.prompt_length = protocol, prompt_length
+        whole = protocol == "decode" and policy.prefill == "sparse"
+        self._protocol = "all" if whole else protocol
         self.on_decision: Decision | None = None
         self.step: Step | None = None
         self.start: int | None = None
@@ -134,7 +136,7 @@ class Session:
 
     def _start(self, args: dict[str, Any]) -> None:
         """Before every forward of the host: where it is sparse, and whose prompt it holds."""
-        step = read_step(args, self.protocol, self.prompt_length)
+        step = read_step(args, self._protocol, self.prompt_length)
         self.step, self.start = step, step.start
         self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
         self._hidden: dict[Tap, Tensor] = {}
@@ -241,7 +243,7 @@ class Session:
         one_set = self.policy.refresh == "static" or rows == 1
         if columns - self.start > 1 and not (self._is_fixed and one_set):
             return False
-        return step.single or bool(step.sparse[:, self.start :].all())
+        return step.single or bool((step.sparse | ~step.live)[:, self.start :].all())
 
     @property
     def _is_fixed(self) -> bool:
