@@ -92,7 +92,8 @@ def check_list(
 ) -> None:
     """Raises ValueError for a list of the wrong type or number of rows, or for two answers.
 
-    With ``GNOMON_DEBUG=1`` also for an entry outside 0..units - 1, which waits for the device.
+    With ``GNOMON_DEBUG=1`` also for a count beyond the list, and for an entry that holds and is
+    outside 0..units - 1, which waits for the device.
     """
     if index is None:
         if count is not None:
@@ -116,6 +117,8 @@ def check_list(
         )
 
     if debugging():
+        if count is not None:
+            check_range("count", count, 0, index.shape[-1] + 1)
         held = index if index.dim() == 2 else index[None]
         place = torch.arange(held.shape[-1], device=held.device)
         inside = None if count is None else place < count.view(-1, 1)

@@ -132,6 +132,19 @@ def test_what_no_sequence_keeps_is_not_read(
     assert bool(expected.isfinite().all()) and torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("name", ["shadow", "random", "shadow-prompt", "static"])
+def test_debug_checks_see_nothing_in_a_right_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """On a GPU the captured steps carry the checks."""
+    monkeypatch.setenv("GNOMON_DEBUG", "1")
+    model, _ = tiny_host("llama")
+    policy = POLICIES[name](model.to(device), HALF)
+    with Engine(model, policy, batch=3, context=32) as engine:
+        found = agree(engine, model, policy, ids_of(3).to(device), 4)
+    assert_same(found, 1e-4 if device.type == "cuda" else TOLERANCE[torch.float32])
+
+
 def forget_unselected(engine: Engine) -> int:
     """Weights of units that no sequence kept in the last step become NaN; how many units."""
     forgotten = 0
