@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from gnomon.evaluation.figures import save, style
+from gnomon.evaluation.figure_lines import style
+from gnomon.evaluation.figures import save
 from gnomon.evaluation.rows import Row
 
 LIMITS = (1.03, 1.05, 1.10)  # perplexity ratios at which a speed-up is quoted
