@@ -181,7 +181,8 @@ def test_unselected_weights_are_not_read(name: str, family: str, backend: str, b
         cache = model(prompt, use_cache=True).past_key_values
         again = copy.deepcopy(cache)
         if policy.refresh == "prompt":  # the decision belongs to the cache it was made with
-            session._prompts._by_cache[again] = dict(session._prompts._by_cache[cache])
+            held = session._decisions.prompts._by_cache
+            held[again] = dict(held[cache])
         clean = model(token, past_key_values=cache).logits
         poison(model, taken)
         poisoned = model(token, past_key_values=again).logits
