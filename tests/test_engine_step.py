@@ -102,7 +102,8 @@ def draw(spec: HostSpec, rows: int, generator: torch.Generator) -> tuple[Any, An
             slot = torch.full((rows, n), -1, dtype=torch.int32).scatter(1, index.long(), places)
             groups = torch.arange(2 * spec.G, dtype=torch.int32).repeat(rows, 1)
             kvq = torch.cat([groups, index + 2 * spec.G], 1) if kind == "heads" else None
-            wanted = (slot >= 0).any(0) if rows > 1 else None
+            crowded = rows > 1 and (kind == "heads" or rows * k > n)
+            wanted = (slot >= 0).any(0) if crowded else None
             sets[kind, layer] = Active(index, None, slot, kvq, wanted=wanted)
     return masks, sets
 

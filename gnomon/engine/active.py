@@ -27,8 +27,9 @@ class Active:
             None for all.
         early: the list was complete before the launch that precedes its first use.
         compacted: the weights in use hold the kept rows alone, in the list's order.
-        wanted: (N,) bool units that any sequence keeps, where R > 1: what a pass over the whole
-            weights reads.
+        wanted: (N,) bool units that any sequence keeps: one pass over the whole weights reads
+            these, where R lists together would read more, and of heads wherever R > 1. None where
+            lists are followed.
     """
 
     index: Tensor
@@ -41,11 +42,6 @@ class Active:
     early: bool = False
     compacted: bool = False
     wanted: Tensor | None = None
-
-    @property
-    def listed(self) -> bool:
-        """Whether one list for the whole batch is followed in place."""
-        return self.index.shape[0] == 1 and not self.compacted
 
 
 class Decider(Protocol):

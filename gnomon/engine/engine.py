@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import TracebackType
 
 import torch
@@ -144,7 +144,8 @@ class Engine:
             sparse = fixed is not None and fixed.policy.prefill == "sparse"
             if fixed is not None and sparse:
                 self._decide(fixed, seen_at_end(fixed.policy, prompt, {}))
-            with self._compacted() if sparse else nullcontext():
+            small = (self.model, self.spec, self._active_weights, self.decider.sets)
+            with compacted_linears(*small) if sparse else nullcontext():
                 past, states = run_prefix(self.model, self.spec, prompt, taps, statistic)
             cache.fill(past, prompt.lengths.int())
             if fixed is not None and not sparse:
@@ -263,11 +264,6 @@ class Engine:
             self._active_weights = self.weights
         into = None if changed else self._active_weights
         self._active_weights = compacted(self.weights, self.spec, fixed.rows, into)
-
-    def _compacted(self) -> AbstractContextManager[None]:
-        """Inside, the host itself runs on the compacted weights."""
-        sets = self.decider.sets
-        return compacted_linears(self.model, self.spec, self._active_weights, sets)
 
     def _run(self, sampling: Sampling) -> None:
         if sampling not in self._steps:

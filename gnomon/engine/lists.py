@@ -70,12 +70,12 @@ class Lists:
 
     def _sets(self, kind: UnitKind, index: Tensor, count: Tensor, counted: bool) -> list[Active]:
         """index (layers, R, S), count (layers, R) -> one set per layer, built in few launches."""
-        layers, rows, _ = index.shape
+        layers, rows, places = index.shape
         slots = kvq = wanted = None
         if kind == "heads" or rows > 1:
             flat = self._slots(index.flatten(0, 1), count.flatten(), self.spec.units(kind))
             slots = flat.unflatten(0, (layers, rows))
-        if slots is not None and rows > 1:
+        if slots is not None and rows > 1 and (kind == "heads" or rows * places > self.spec.F):
             wanted = (slots >= 0).any(1)
         if kind == "heads" and rows == 1:
             kvq = self._with_kv(index)
