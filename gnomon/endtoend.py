@@ -82,7 +82,7 @@ def make_module(
 
 
 def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
-    """Takes the weights and means of a trained predictor, its int8 weights as fp32 parameters.
+    """Takes over a trained predictor: weights (int8 becomes fp32 parameters), means and record.
 
     Args:
         predictor: as configured; changed in place.
@@ -110,3 +110,4 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
             + ": set them alike"
         )
     predictor.load_state_dict(found.dequantize().state_dict())
+    predictor.info = found.info

@@ -153,7 +153,7 @@ class StudentModule(PredictorModule):
             errors.append(relative_error(hidden[at], states.pop(layer)))
 
         teacher = _scored(self.student.dense(ids, keep if watched else None), step, self.student)
-        softness = Softness(*self.objective.softness(self._progress()))
+        softness = Softness(*self.objective.softness(self._progress()), self.objective.balanced)
         logits = self.student.sparse(ids, step, softness, compare if watched else None)
         loss = mean_kl(_scored(logits, step, self.student), teacher, self.objective.temperature)
         self.log("train/kl", loss, batch_size=len(ids))
@@ -188,8 +188,8 @@ class StudentModule(PredictorModule):
         if not bool(loss.isfinite()):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise ValueError(
-                f"the loss is {float(loss)} at step {self.global_step} with a rate of {rate:.2g}: "
-                "training has diverged; lower optimizer.lr (3e-4 suits dejavu, 5e-5 shadow), or "
+                f"the loss is {float(loss.detach())} at step {self.global_step} with a rate of "
+                f"{rate:.2g}: training has diverged; lower optimizer.lr (3e-4 suits dejavu, 5e-5 shadow), or "
                 "start from a trained predictor (init=<folder>)"
             )
 
