@@ -173,6 +173,20 @@ def test_visits_see_units_before_their_mask_and_train_scores_alone() -> None:
     assert seen["heads", 1][1].shape == (3, 14, 4, 8) and (seen["neurons", 1][1] != 0).all()
 
 
+def test_decisions_are_fp32_under_autocast() -> None:
+    made, ids, seen = student("dejavu", BOTH), ids_of(), []
+
+    def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
+        seen.append((scores.dtype, units.dtype))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made.sparse(ids, made.step(ids), visit=visit)
+        logits = made.sparse(ids, made.step(ids))
+    assert {scores for scores, _ in seen} == {torch.float32}
+    assert torch.bfloat16 in {units for _, units in seen} and logits.dtype == torch.bfloat16
+    assert bool(logits.isfinite().all()) and logits.requires_grad
+
+
 @pytest.mark.parametrize(
     ("kind", "budget", "how", "message"),
     [

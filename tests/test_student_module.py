@@ -112,10 +112,10 @@ def start() -> Any:
 
 
 def test_kl_beats_its_start_on_held_out_blocks(start: Any) -> None:
-    before = fitted(start(), Kl(), 1, lr=0.0, warm=True)["student"]
     net = start()
     metrics = fitted(net, Kl(balanced=True), 60, warm=True)
     found = metrics["student"]
+    before = found["start"]
     assert found["kl"] < 0.9 * before["kl"] and found["ppl_ratio"] < before["ppl_ratio"]
     assert found["positions"] == 512 and found["float"]["kl"] == pytest.approx(found["kl"], rel=0.1)
     assert net.quantized and metrics["rows"] > 0 and metrics["init"]["criterion"] == "magnitude"
@@ -193,6 +193,13 @@ def test_divergence_stops_with_the_rate(start: Any) -> None:
         net.outputs["neurons"].weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"loss is nan at step 0 with a rate of .*optimizer\.lr"):
         fitted(net, Kl(), 2, warm=True)
+
+
+def test_training_that_ends_worse_than_it_began_says_so(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = fitted(start(), Kl(), 3, lr=1.0, warm=True)["student"]
+    assert found["float"]["kl"] > found["start"]["kl"] and "lower optimizer.lr" in caplog.text
 
 
 def test_gradient_criteria_are_refused_on_policy() -> None:
