@@ -92,7 +92,10 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
     Raises:
         ValueError: no predictor there, or one of another class, other sizes or another host.
     """
-    found = load_predictor(folder)
+    try:
+        found = load_predictor(folder)
+    except ValueError as error:
+        raise ValueError(f"init={folder}: {error}") from error
     if found.name != predictor.name:
         raise ValueError(
             f"init={folder} holds a {found.name} predictor, but predictor={predictor.name} is "

@@ -241,7 +241,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             numbers = [f"{values[m]:.3f}" for m in ("recall", "mass", "spearman")]
             table.add_row(kind, density, choice, *numbers)
         table.add_row(kind, density, "oracle", "1.000", f"{own['oracle']['mass']:.3f}", "1.000")
-    if "student" in metrics:
+    if metrics.get("student", {}).get("positions"):  # a trial sees none
         found = metrics["student"]
         table.caption = (
             f"sparse host: KL {found['kl']:.4f}, perplexity ratio {found['ppl_ratio']:.3f} over "

@@ -234,7 +234,7 @@ def test_warm_starts_of_something_else_are_refused(start: Any, tmp_path: Path) -
     other = describe(tiny_host("qwen2", seed=3)[0])
     with pytest.raises(ValueError, match=f"{spec.name}.*{other.name}"):
         start_from(predictor(), folder, other)
-    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+    with pytest.raises(ValueError, match=r"init=.*neither a folder nor a hub id"):
         start_from(predictor(), str(tmp_path / "nowhere"), spec)
 
 
