@@ -166,6 +166,14 @@ def test_experiment(name: str, hydra_config: Any, host: Any) -> None:
     check(cfg, host)
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "policy" / "variants").glob("*.yaml")), ids=str)
+def test_variants_are_policies_with_a_label(path: Path, hydra_config: Any) -> None:
+    policy = hydra_config("evaluate", "host=tiny", f"policy=variants/{path.stem}").policy
+    plain = hydra_config("evaluate", "host=tiny", f"policy={policy.name}").policy
+    assert policy.label == path.stem
+    assert {key for key in policy if policy[key] != plain.get(key)} - {"label"}
+
+
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("policy/")])
 def test_policy_files_are_named_after_their_policy(option: str, hydra_config: Any) -> None:
     name = option.partition("/")[2]

@@ -18,6 +18,9 @@ _BRACKETS = {
 }
 
 
+Lines = dict[str, list[list[Row]]]  # name -> points; a point is the rows of all its seeds
+
+
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by what a line must not join: host, text and protocol, named where they differ."""
     keys = [k for k in ("host", "text", "protocol") if len({str(r.get(k)) for r in rows}) > 1]
@@ -28,7 +31,17 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def lines_of(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+def within(lines: Lines, part: Sequence[Row]) -> Lines:
+    """The lines of one panel, named as in all."""
+    kept = {
+        name: [[row for row in point if row in part] for point in points]
+        for name, points in lines.items()
+    }
+    kept = {name: [point for point in points if point] for name, points in kept.items()}
+    return {name: points for name, points in kept.items() if points}
+
+
+def lines_of(rows: Sequence[Row]) -> Lines:
     """Line name -> points in order of density; a point is the rows of all its seeds."""
     keys = ("refresh", "batch", "kv", "prefill", "objective")
     grid = _is_grid(rows)

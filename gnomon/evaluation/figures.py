@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from gnomon.evaluation.figure_lines import legend, lines_of, panels, style, variant
+from gnomon.evaluation.figure_lines import Lines, legend, lines_of, panels, style, variant, within
 from gnomon.evaluation.rows import Row
 from gnomon.evaluation.tables import short, title
 
 _HEADROOM = 6.0  # how far above every other policy `random` may stretch the ratio's axis
+_SAID = 5  # points above the axis whose values can stand there without covering each other
+_WORTH = 30.0  # times the median ratio beyond which no policy stretches it
 _TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 3000, 10000)
 
 
@@ -41,24 +44,30 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
     rows = [row for row in rows if "ppl_ratio" in row]
     if not rows:
         raise ValueError("no result has a perplexity ratio to draw: add measure=[quality]")
-    parts = panels(rows)
+    lines = lines_of(rows)
+    parts, names = panels(rows), list(lines)
     figure = Figure(figsize=(11, 0.9 + 3.9 * len(parts)), layout="constrained")
     grid = figure.subplots(len(parts), 2, sharey="row", squeeze=False)
     for pair, (name, part) in zip(grid, parts.items(), strict=True):
-        _pair(pair[0], pair[1], part, name)
-    _legends(figure, list(lines_of(rows)))
+        _pair(pair[0], pair[1], part, name, within(lines, part), names)
+    _legends(figure, names)
     figure.suptitle(title(rows), fontsize=11)
     return save(figure, path)
 
 
-def _pair(left: Axes, right: Axes, rows: Sequence[Row], name: str) -> None:
-    """One protocol: against bytes on the left, against units on the right."""
+def _pair(
+    left: Axes, right: Axes, rows: Sequence[Row], name: str, lines: Lines, names: list[str]
+) -> None:
+    """One panel pair: against bytes on the left, against units on the right.
+
+    ``names`` are the lines of all panels, so that a policy looks the same in each.
+    """
     unit, unit_label = unit_axis(rows)
-    lines = lines_of(rows)
     low, high = _range(rows)
+    said = sum(row["ppl_ratio"] > high for row in rows) <= _SAID
     for axes, key in ((left, "byte_density"), (right, unit)):
         for line, points in lines.items():
-            _draw(axes, line, points, key, high, list(lines))
+            _draw(axes, line, points, key, high, names, said)
         _dress(axes, low, high)
         axes.set_xlim(*_span([row[key] for row in rows]))
     left.set_xlabel("byte density (bytes read per token, predictor included)")
@@ -124,7 +133,13 @@ def unit_axis(rows: Sequence[Row]) -> tuple[str, str]:
 
 
 def _draw(
-    axes: Axes, name: str, points: list[list[Row]], key: str, high: float, names: list[str]
+    axes: Axes,
+    name: str,
+    points: list[list[Row]],
+    key: str,
+    high: float,
+    names: list[str],
+    said: bool = True,
 ) -> None:
     places = []
     for rows in points:
@@ -139,7 +154,8 @@ def _draw(
         if value > high:
             axes.plot([at], [high], color=colour, marker=look["marker"], clip_on=False)
             lift = 7 + 10 * variant(name, names)
-            _note(axes, f"↑ {short(value)}", (at, high), (0, lift), colour, ha="center")
+            if said:
+                _note(axes, f"↑ {short(value)}", (at, high), (0, lift), colour, ha="center")
         elif top > low:
             edges = {"color": colour, "linewidth": 1.3, "alpha": 0.8}
             axes.plot([at, at], [low, min(top, high)], marker="_", markersize=6, **edges)
@@ -177,10 +193,13 @@ def _whisker(rows: list[Row]) -> tuple[float, float]:
 
 
 def _range(rows: Sequence[Row]) -> tuple[float, float]:
-    """Limits of the ratio's axis: all policies but ``random``, which may stretch it only so far."""
+    """Limits of the ratio's axis: ``random``, and policies far worse than most, stretch it only so
+    far; what lies above stands at the top with its value.
+    """
     every = max(row["ci_high"] if "ci_high" in row else row["ppl_ratio"] for row in rows)
     others = [row["ppl_ratio"] for row in rows if row["policy"] != "random"] or [every]
-    high = min(max(every, 1.02) * 1.04, max(1.3, max(others)) * _HEADROOM)
+    worst = min(max(others), median(others) * _WORTH)
+    high = min(max(every, 1.02) * 1.04, max(1.3, worst) * _HEADROOM)
     least = min(row["ci_low"] if "ci_low" in row else row["ppl_ratio"] for row in rows)
     low = min(1.0, max(0.9, least), *(row["ppl_ratio"] for row in rows))
     return low / (high / low) ** 0.05, high
