@@ -2,7 +2,8 @@
 
     python benchmarks/criteria_study.py --host smollm2 --device cuda --text notes.txt
 
-Every criterion scores the same training tokens, and the same validation blocks are then measured:
+Every criterion scores the same training tokens (``jacov`` and ``epenas``, which hold the gradients
+of all at once, 4096 of them, evenly spread), and the same validation blocks are then measured:
 
 ==========  ========  ==========================================================================
 use         protocol  units are kept by
