@@ -159,6 +159,17 @@ def test_half_precision_does_not_underflow(
         assert (without > 0).float().mean() < 0.98
 
 
+@pytest.mark.parametrize(("name", "faint"), [("fisher", (16, 9)), ("grasp", (6, 6))])
+def test_bfloat16_needs_no_scale(name: str, faint: tuple[int, int]) -> None:
+    """It has the range of float32; what differs is the rounding of 8 bits."""
+    exact = capture(*faint_host(torch.float32, *faint), [Tap(1)], criterion(name), ids_of())
+    found = capture(*faint_host(torch.bfloat16, *faint), [Tap(1)], criterion(name), ids_of())
+    for kind in KINDS:
+        wanted, got = exact.scores(kind)[:, :-1], found.scores(kind)[:, :-1]
+        assert (got > 0).float().mean() > 0.99
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
 def test_the_scale_is_exact_and_falls_where_it_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny_host("llama")
     model, spec, ids = model.half(), describe(model), ids_of()
