@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # Hugging Face `evaluate` and PyPI `kernels` must no
 
 from gnomon.errors import one_line
 from gnomon.evaluation import report, run
+from gnomon.evaluation.results import Refused, write_refusal
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="evaluate")
@@ -31,7 +33,14 @@ def main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     command = " ".join(["python evaluate.py", *hydra_config.overrides.task])
     settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    outcome = run.evaluate(settings, Path(hydra_config.runtime.output_dir), command)  # type: ignore[arg-type]
+    folder = Path(hydra_config.runtime.output_dir)
+    try:
+        outcome = run.evaluate(settings, folder, command)  # type: ignore[arg-type]
+    except Refused as error:
+        if hydra_config.mode != RunMode.MULTIRUN:
+            raise
+        write_refusal(folder, cfg.policy.name, error)
+        return None
     if cfg.get("logger") is not None:
         from gnomon.evaluation import log  # slow to import
 

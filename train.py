@@ -2,6 +2,7 @@
 
     python train.py                                     # the embedded host and text
     python train.py host=hf host.name=<hub id | folder | GGUF> text=file text.path=<file>
+    python train.py objective=kl init=<folder>          # end to end, from a trained predictor
     python train.py predictor=calibration               # no training: activation statistics
 
 The last line of output is the predictor's folder (with harvest.mode=only: the trace folder).
@@ -31,11 +32,12 @@ from gnomon import tracking, training
 from gnomon.calibration import calibrate
 from gnomon.data.stage import prepare
 from gnomon.data.store import TraceStore
+from gnomon.endtoend import Settings, make_module, start_from
 from gnomon.errors import one_line
 from gnomon.host import HostSpec
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
-from gnomon.predictors.module import PredictorModule
+from gnomon.predictors.objectives import Objective
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="train")
@@ -58,9 +60,13 @@ def main(cfg: DictConfig) -> None:
         print(training.save(predictor, new_folder(cfg, spec, predictor), info))
         return
     objective = instantiate(cfg.objective)
+    criterion = instantiate(cfg.criterion)
+    if cfg.init is not None:
+        start_from(predictor, cfg.init, spec)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     checkpoints = training.checkpoint_folder(Path(cfg.paths.checkpoints), spec, predictor, config)
-    trainer = make_trainer(cfg, checkpoints)
+    trainer = make_trainer(cfg, checkpoints, objective)
+    how = Settings(**config["student"]) if objective.on_policy else None
     training.resume_from(trainer, cfg.ckpt_path)  # complains now, not after the harvest
 
     data = prepare(
@@ -69,21 +75,29 @@ def main(cfg: DictConfig) -> None:
         tokenizer=tokenizer,
         spec=spec,
         text=instantiate(cfg.text),
-        criterion=instantiate(cfg.criterion),
+        criterion=criterion,
         taps=predictor.taps,
         needs=(objective.needs,),
         density={str(kind): kept for kind, kept in density.items()},
         out_root=Path(cfg.paths.traces),
+        blocks=None if how is None else how.block_settings,
     )
     if isinstance(data, TraceStore):
         print(data.path)
         return
     data.seed = cfg.seed  # the order of rows; the traces themselves serve every seed
+    module = make_module(
+        None if how is None else how.student(model, spec, predictor, density),
+        predictor,
+        objective,
+        criterion,
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        density=density,
+        warm=cfg.init is not None,
+    )
     del model
 
-    module = PredictorModule(
-        predictor, objective, instantiate(cfg.optimizer), instantiate(cfg.scheduler), density
-    )
     tracking.log_config(trainer.loggers, config)
     metrics = training.fit(module, data, trainer, cfg.ckpt_path)
     if not trainer.is_global_zero:
@@ -92,7 +106,7 @@ def main(cfg: DictConfig) -> None:
     if training.is_trial(trainer):
         print("fast_dev_run: nothing is saved")
         return
-    info = training.describe_training(spec, objective.name, cfg.seed, data.info, metrics)
+    info = training.describe_training(spec, objective.label, cfg.seed, data.info, metrics)
     folder = new_folder(cfg, spec, predictor)
     training.save(predictor, folder, info)
     tracking.log_training(trainer.loggers, data, folder, info)
@@ -104,7 +118,7 @@ def new_folder(cfg: DictConfig, spec: HostSpec, predictor: Predictor) -> Path:
     return Path(cfg.out or training.new_folder(Path(cfg.paths.predictors), spec, predictor))
 
 
-def make_trainer(cfg: DictConfig, checkpoints: Path) -> pl.Trainer:
+def make_trainer(cfg: DictConfig, checkpoints: Path, objective: Objective) -> pl.Trainer:
     """The Lightning trainer with its callbacks and loggers."""
     skipped = {"checkpoint"} if cfg.trainer.fast_dev_run else set()
     if not cfg.trainer.enable_progress_bar:
@@ -114,6 +128,8 @@ def make_trainer(cfg: DictConfig, checkpoints: Path) -> pl.Trainer:
         if node is None or name in skipped:
             continue
         extra = {"dirpath": str(checkpoints)} if name == "checkpoint" else {}
+        if node.get("monitor") == "auto":
+            extra |= dict(zip(("monitor", "mode"), objective.monitor, strict=True))
         callbacks.append(instantiate(node, **extra))
     return instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,

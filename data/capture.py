@@ -114,7 +114,7 @@ class Probe:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(gradient))
-            stack.enter_context(_frozen(self.model))
+            stack.enter_context(frozen(self.model))
             if self.criterion.needs_curvature:  # fused attention has no second derivative
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             ids = ids.to(self.device, copy=ids.is_inference())
@@ -207,7 +207,7 @@ def tap_width(spec: HostSpec, taps: Sequence[Tap]) -> int:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradient for any parameter inside; flags as they were afterwards."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
 
+from gnomon.data.blocks import BlockDataModule, BlockSettings
 from gnomon.data.codes import Density, Format, Need, check_needs
 from gnomon.data.criteria import Criterion
 from gnomon.data.datamodule import OnlineDataModule, TraceDataModule
@@ -47,6 +49,7 @@ def prepare(
     input_dtype: str = "auto",
     trace_seed: int = 0,
     seed: int = 0,
+    blocks: BlockSettings | None = None,
 ) -> OnlineDataModule | TraceDataModule | TraceStore:
     """Makes the rows that an objective needs available.
 
@@ -71,6 +74,7 @@ def prepare(
         means_tokens: for ``online``, tokens of the first means.
         trace_seed: ``seed`` of the harvest; runs of several seeds share one store.
         seed: of the order of training rows.
+        blocks: for objectives that run the host: training batches are blocks of token ids.
         granularity, prompts, token_rate, batch, shard_blocks, max_gb, heldout_tokens,
         input_dtype: as in :func:`gnomon.data.harvest.harvest`.
 
@@ -87,8 +91,14 @@ def prepare(
     if format not in ("auto", *get_args(Format)):
         raise ValueError(f"harvest.format={format!r}: use auto, {', '.join(get_args(Format))}")
     wanted = check_needs(needs)
+    if blocks is not None and mode != "online":
+        raise ValueError(
+            f"harvest.mode={mode}: objective=kl and objective.on_policy=true run the sparse host "
+            "itself and read no stored traces; use harvest.mode=online"
+        )
     if mode == "online":
-        online = OnlineDataModule(
+        kind = OnlineDataModule if blocks is None else partial(BlockDataModule, blocks)
+        online = kind(
             model,
             tokenizer,
             spec,

@@ -40,11 +40,12 @@ class Histogram:
     def add(self, layer: int, x: Tensor) -> None:
         """Counts |x|, whatever its shape; NaN and infinity are refused by :meth:`quantiles`."""
         bins = x.detach().float().abs().flatten().view(torch.int32) >> _BITS
-        self.counts[layer] += torch.bincount(bins, minlength=_BINS).cpu()
+        self.counts = self.counts.to(x.device)  # not a copy of 32768 counts for each layer and site
+        self.counts[layer] += torch.bincount(bins, minlength=_BINS)
 
     def quantiles(self, layer: int) -> Tensor:
         """The values at POINTS equal steps from the least to the largest, linear within a bin."""
-        counts = self.counts[layer].double()
+        counts = self.counts[layer].double().cpu()
         ends = counts.cumsum(0)
         rank = torch.linspace(0, 1, POINTS, dtype=torch.float64) * ends[-1]
         place = torch.searchsorted(ends, rank.clamp_min(0.5)).clamp_max(_BINS - 1)

@@ -58,8 +58,10 @@ def fit(
         raise
     if not is_trial(trainer):
         _load_best(module, trainer)
-    means = getattr(data, "means")  # noqa: B009  (of all rows seen; online they have grown)
-    module.predictor.set_means({kind: means[kind].float().cpu() for kind in KINDS})
+    if not module.warm:
+        means = getattr(data, "means")  # noqa: B009  (of all rows seen; online they have grown)
+        module.predictor.set_means({kind: means[kind].float().cpu() for kind in KINDS})
+    module.before_quantized(data.val_dataloader())
     module.predictor.quantize()
     trainer.test(module, dataloaders=data.val_dataloader(), verbose=False)
     return module.results

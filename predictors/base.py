@@ -188,6 +188,13 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
                 m.quantize()
         return self
 
+    def dequantize(self) -> Self:
+        """Turns int8 weights back into fp32 parameters, in place, so that training can go on."""
+        for m in self.modules():
+            if isinstance(m, LinearStack):
+                m.dequantize()
+        return self
+
     def check_host(self, spec: HostSpec) -> None:
         """Refuses another host than the one trained for.
 

@@ -50,6 +50,14 @@ class LinearStack(nn.Module):
             self.weight = None
             self.requires_grad_(False)
 
+    def dequantize(self) -> None:
+        """Turns row-scaled int8 back into fp32 parameters, in place; again does nothing."""
+        if self.weight is None:
+            self.weight = nn.Parameter(self.q.float() * self.scale[..., None])
+            self.register_buffer("q", None)
+            self.register_buffer("scale", None)
+            self.requires_grad_(True)
+
     def shared(self, x: Tensor) -> Tensor:
         """Every linear on the same rows: x (..., K) -> (..., S, N)."""
         stack, outputs, inputs = self.shape

@@ -30,6 +30,7 @@ class PredictorModule(pl.LightningModule):
         optimizer: takes parameter groups; biases come in a group without weight decay.
         scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
         density: kind -> kept fraction within a layer at which recall and mass are measured.
+        warm: the predictor is trained already: it starts as it is, and keeps its means.
     """
 
     def __init__(
@@ -39,25 +40,29 @@ class PredictorModule(pl.LightningModule):
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         scheduler: Callable[..., LRScheduler] | None,
         density: Mapping[UnitKind, float],
+        warm: bool = False,
     ) -> None:
         super().__init__()
         self.predictor, self.objective = predictor, objective
         self._optimizer, self._scheduler = optimizer, scheduler
-        self.density = dict(density)
+        self.density, self.warm = dict(density), warm
         self.first: dict[UnitKind, int] = {kind: predictor.first(kind) for kind in KINDS}
         self.results: dict[str, Any] = {}
         self._units: dict[UnitKind, UnitMetrics] = {}
         self._samples: dict[UnitKind, list[Tensor]] = {}
 
     def setup(self, stage: str) -> None:
-        """Starts a fit from the fixed choice; a checkpoint, restored later, replaces it."""
+        """Starts a cold fit from the fixed choice; a checkpoint, restored later, replaces it."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and data is not None:
+        if stage == "fit" and data is not None and not self.warm:
             means = {kind: data.means[kind].float().cpu() for kind in KINDS}
             self.predictor.set_means(means)
             self.predictor.set_output_bias(
                 {kind: self.objective.bias(means[kind], self.density[kind]) for kind in KINDS}
             )
+
+    def before_quantized(self, rows: Iterable[Batch]) -> None:
+        """Called by ``fit`` once the best weights are back, before they are quantised."""
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum of the losses of both kinds."""

@@ -14,10 +14,25 @@ Needs = Literal["labels", "scores"]
 
 
 class Objective:
-    """A loss between predicted scores and harvested rows, and the output bias it starts from."""
+    """A loss between predicted scores and harvested rows, and the output bias it starts from.
+
+    Attributes:
+        on_policy: trained on the states of the sparse host, not on harvested rows.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
+    on_policy: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name for the record."""
+        return f"{self.name}, on policy" if self.on_policy else self.name
+
+    @property
+    def monitor(self) -> tuple[str, Literal["min", "max"]]:
+        """Held-out metric that picks the checkpoint, and which of its values is better."""
+        return ("val/kl", "min") if self.on_policy else ("val/recall", "max")
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Mean loss: predicted (R, L, N), target (R, L, N) labels (bool) or scores -> scalar."""
@@ -29,10 +44,17 @@ class Objective:
 
 
 class Mse(Objective):
-    """ShadowLLM: squared error to scores that are min-max scaled within each row and layer."""
+    """ShadowLLM: squared error to scores that are min-max scaled within each row and layer.
+
+    Args:
+        on_policy: rows are states of the sparse host (``predictors/student_module.py``).
+    """
 
     name = "mse"
     needs = "scores"
+
+    def __init__(self, on_policy: bool = False) -> None:
+        self.on_policy = on_policy
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """mean((predicted − minmax(target))²)."""
@@ -48,17 +70,18 @@ class Bce(Objective):
 
     Args:
         negative_weight: None takes the positive rate, as DejaVu does.
+        on_policy: rows are states of the sparse host (``predictors/student_module.py``).
     """
 
     name = "bce"
     needs = "labels"
 
-    def __init__(self, negative_weight: float | None = None) -> None:
+    def __init__(self, negative_weight: float | None = None, on_policy: bool = False) -> None:
         if negative_weight is not None and negative_weight <= 0:
             raise ValueError(
                 f"objective.negative_weight={negative_weight}: use more than 0, or null"
             )
-        self.negative_weight = negative_weight
+        self.negative_weight, self.on_policy = negative_weight, on_policy
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """mean(y·softplus(−z) + w·(1 − y)·softplus(z)), z the predicted log-odds."""
@@ -84,10 +107,16 @@ class Ranking(Objective):
     x >= 0, the sum over pairs / (k log 2) is at least m / k = 1 - recall. A pair far on the right
     side adds next to nothing, so that capacity goes where sets change; ``bce`` asks of every unit
     which side of one threshold it is on, whatever the others score.
+
+    Args:
+        on_policy: rows are states of the sparse host (``predictors/student_module.py``).
     """
 
     name = "ranking"
     needs = "labels"
+
+    def __init__(self, on_policy: bool = False) -> None:
+        self.on_policy = on_policy
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """mean over rows, layers and pairs of softplus(z_dropped − z_kept), times pairs / k.
@@ -114,7 +143,70 @@ class Ranking(Objective):
         return Bce().bias(means, density)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Mse, Bce, Ranking)}
+class Kl(Objective):
+    """End to end: KL divergence of the sparse host's predictions from the dense host's.
+
+    Its own scores are what the masks of the forward are made of (:mod:`gnomon.runtime.student`).
+
+    Args:
+        temperature: divides both logits; the loss is multiplied by its square.
+        layers_weight: of the mean squared error of every layer's input, over the dense one's
+            variance, added to the divergence.
+        mask_temperature: of the sigmoid whose gradient the mask has.
+        final_mask_temperature: reached geometrically at the last step; None: constant.
+        relaxed: share of the steps over which the forward's mask goes from the sigmoid to the hard
+            set; 0: hard from the first step.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    name = "kl"
+    needs = "labels"
+    on_policy = True
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        layers_weight: float = 0.0,
+        mask_temperature: float = 1.0,
+        final_mask_temperature: float | None = None,
+        relaxed: float = 0.0,
+    ) -> None:
+        last = mask_temperature if final_mask_temperature is None else final_mask_temperature
+        for key, value in (
+            ("temperature", temperature),
+            ("mask_temperature", mask_temperature),
+            ("final_mask_temperature", last),
+        ):
+            if value <= 0:
+                raise ValueError(f"objective.{key}={value}: use more than 0")
+        if layers_weight < 0 or not 0 <= relaxed <= 1:
+            raise ValueError(
+                f"objective.layers_weight={layers_weight}, objective.relaxed={relaxed}: use a "
+                "weight of 0 or more, and a share in [0, 1]"
+            )
+        self.temperature, self.layers_weight = temperature, layers_weight
+        self.mask_temperature, self.last_mask_temperature = mask_temperature, last
+        self.relaxed = relaxed
+
+    @property
+    def label(self) -> str:
+        """Name for the record."""
+        return self.name
+
+    def softness(self, progress: float) -> tuple[float, float]:
+        """Temperature and hardness of the mask at a share of the steps in [0, 1]."""
+        start, end = self.mask_temperature, self.last_mask_temperature
+        hardness = 1.0 if progress >= self.relaxed else progress / self.relaxed
+        return start * (end / start) ** progress, hardness
+
+    def bias(self, means: Tensor, density: float) -> Tensor:
+        """As :class:`Bce`: its log-odds suit the sigmoid of the mask."""
+        return Bce().bias(means, density)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Mse, Bce, Ranking, Kl)}
 
 
 def objective(name: str) -> Objective:

@@ -72,8 +72,8 @@ def test_training_starts_at_the_fixed_choice(chosen: Objective) -> None:
 
 
 def test_missing_rows_and_names_are_named() -> None:
-    with pytest.raises(ValueError, match="known are mse, bce, ranking"):
-        objective("kl")
+    with pytest.raises(ValueError, match="known are mse, bce, ranking, kl"):
+        objective("hinge")
     assert objective("mse").needs == "scores"
     with pytest.raises(ValueError, match="bce needs labels"):
         total_loss(Bce(), {}, {"heads": torch.zeros(1)}, {"heads": 0, "neurons": 0})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -20,6 +21,8 @@ from gnomon.runtime.session import Session
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context and continuation tokens
 Row = tuple[tuple[int, ...], int]  # tokens fed, and the column that predicts the first answer token
+Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]
+_encoded: WeakKeyDictionary[Any, Encoded] = WeakKeyDictionary()  # a sweep asks many policies
 
 
 class BoundaryLM(HFLM):
@@ -38,6 +41,14 @@ class BoundaryLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         self.session: Session | None = None
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._encoded = _encoded.setdefault(tokenizer, {})
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a question and an answer, encoded once for all policies that are asked."""
+        pair = (context, continuation)
+        if pair not in self._encoded:
+            self._encoded[pair] = super()._encode_pair(context, continuation)
+        return self._encoded[pair]
 
     def _loglikelihood_tokens(
         self,
@@ -55,9 +66,15 @@ class BoundaryLM(HFLM):
         size = override_bs or int(self.batch_size)
         for start in range(0, len(order), size):
             chunk = order[start : start + size]
-            for row, logits in zip(chunk, self._logits(chunk), strict=True):
-                for i in rows[row]:
-                    found[i] = _answer(logits, requests[i][2])
+            asked = [i for row in chunk for i in rows[row]]
+            answers = [
+                _answer(logits, requests[i][2])
+                for row, logits in zip(chunk, self._logits(chunk), strict=True)
+                for i in rows[row]
+            ]
+            # one wait for the device per forward, not two per request
+            for i, (total, greedy) in zip(asked, torch.stack(answers).tolist(), strict=True):
+                found[i] = (total, bool(greedy))
         return [found[i] for i in range(len(requests))]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
@@ -102,9 +119,9 @@ class BoundaryLM(HFLM):
                 self.session.prompt_length = None  # generate() tells the boundary by its cache
 
 
-def _answer(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of n tokens under logits (n, V), and whether each is the likeliest."""
+def _answer(logits: Tensor, continuation: Sequence[int]) -> Tensor:
+    """Log-likelihood of n tokens under logits (n, V), and 1 if each is the likeliest: (2,)."""
     scores = logits.float().log_softmax(-1)
-    goal = torch.tensor(continuation, device=logits.device)
+    goal = torch.tensor(continuation).to(logits.device, non_blocking=True)
     chosen = scores.gather(1, goal[:, None])
-    return float(chosen.sum()), bool((scores.argmax(-1) == goal).all())
+    return torch.stack([chosen.sum(), (scores.argmax(-1) == goal).all().float()])

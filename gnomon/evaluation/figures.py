@@ -152,14 +152,14 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
         ]
         for name in names
     }
-    lines: dict[str, dict[tuple[float, float], list[Row]]] = {}
+    lines: dict[str, dict[tuple[float, ...], list[Row]]] = {}
     for row in rows:
         extra = [str(row[key]) for key in varying[row["policy"]] if key in row]
         if grid and row["policy"] != "dense_int8":
             heads = row["target_heads"]
             extra.append("heads dense" if heads == 1 else f"heads {heads:g}")
         name = ", ".join([row["policy"], *extra])
-        target = (row["target_heads"], row["target_neurons"])
+        target = (row.get("target_bytes", 0.0), row["target_heads"], row["target_neurons"])
         lines.setdefault(name, {}).setdefault(target, []).append(row)
     order = sorted(lines, key=_place)
     return {name: [lines[name][t] for t in sorted(lines[name])] for name in order}
@@ -167,6 +167,8 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
 
 def _is_grid(rows: Sequence[Row]) -> bool:
     """Whether heads and neurons were swept against each other: then a line has one head density."""
+    if any("target_bytes" in row for row in rows):
+        return False
     targets = {
         (row["target_heads"], row["target_neurons"])
         for row in rows

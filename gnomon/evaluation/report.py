@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from gnomon.evaluation.baseline import write_atomic
+from gnomon.evaluation.by_bytes import markdown_by_bytes
 from gnomon.evaluation.figures import layer_figure, sweep_figure
-from gnomon.evaluation.results import NAME, read_results
+from gnomon.evaluation.results import NAME, REFUSED, read_results
 from gnomon.evaluation.rows import Row, merge, rows_of
 from gnomon.evaluation.speed_tables import (
     csv_speed,
@@ -56,14 +57,20 @@ def show_run(results: Mapping[str, Any], folder: Path, warning: str | None = Non
 
 
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Results of every run below a sweep's folder, and the folders of runs without."""
+    """Results of every run below a sweep's folder, and the folders of runs that failed."""
     runs, missing = [], []
     for job in sorted(path.parent for path in folder.glob("*/.hydra")):
         if (job / NAME).exists():
             runs.append(read_results(job / NAME))
-        else:
+        elif not (job / REFUSED).exists():
             missing.append(job)
     return runs, missing
+
+
+def read_refusals(folder: Path) -> list[str]:
+    """What was refused in a sweep, each message once: ``policy: reason``."""
+    found = [path.read_text(encoding="utf-8").strip() for path in folder.glob(f"*/{REFUSED}")]
+    return sorted(set(found))
 
 
 def sweep_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -72,7 +79,7 @@ def sweep_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for results in runs:
         for message in results.get("warnings", []):
             names = policies.setdefault(message, [])
-            name = results["policy"]["name"]
+            name = results["policy"].get("label", results["policy"]["name"])
             names += [] if name in names else [name]
     return [f"{', '.join(names)}: {message}" for message, names in policies.items()]
 
@@ -81,10 +88,12 @@ def show_sweep(folder: Path) -> list[Path]:
     """Writes ``sweep.*``, ``tasks.*`` and ``speed.*`` for a sweep; prints tables and paths."""
     out = console()
     runs, missing = read_sweep(folder)
-    rows, warnings = merge(runs), sweep_warnings(runs)
+    rows, warnings = merge(runs), [*sweep_warnings(runs), *read_refusals(folder)]
     for job in missing:
         out.print(f"[bold yellow]warning:[/] no {NAME} in {job}: that run failed", soft_wrap=True)
     if not rows:
+        for message in warnings:
+            out.print(f"[bold yellow]refused:[/] {escape(message)}", soft_wrap=True)
         return []
     speed, tasks = merge_speed(runs), task_rows(runs)
     if any("quality" in results for results in runs) or not speed:
@@ -105,7 +114,8 @@ def write_sweep(rows: Sequence[Row], folder: Path, warnings: Sequence[str] = ())
     """Writes the combined CSV, Markdown table and figure; returns their paths."""
     table, text = folder / "sweep.csv", folder / "sweep.md"
     write_atomic(table, csv_text(rows))
-    write_atomic(text, markdown(rows, warnings))
+    by_bytes = markdown_by_bytes(rows)
+    write_atomic(text, "\n".join([*([by_bytes] if by_bytes else []), markdown(rows, warnings)]))
     figure = [row for row in rows if "ppl_ratio" in row]
     return [table, text, *([sweep_figure(figure, folder / "sweep.png")] if figure else [])]
 

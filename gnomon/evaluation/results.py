@@ -18,6 +18,7 @@ import gnomon
 from gnomon.evaluation.baseline import write_atomic
 
 NAME = "results.json"
+REFUSED = "refused.txt"
 
 log = logging.getLogger(__name__)
 _collected: ContextVar[list[str] | None] = ContextVar("warnings of the run", default=None)
@@ -25,6 +26,24 @@ _collected: ContextVar[list[str] | None] = ContextVar("warnings of the run", def
 
 class ResultsError(ValueError):
     """A results file that does not follow results.schema.json."""
+
+
+class Refused(ValueError):
+    """A policy does not apply to a host, or cannot meet a budget; a sweep goes on without it."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns the ValueErrors of building and binding a policy into :class:`Refused`."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def write_refusal(folder: Path, policy: str, error: Refused) -> None:
+    """Leaves ``refused.txt`` in a run's folder, which a sweep's table quotes."""
+    write_atomic(folder / REFUSED, f"{policy}: {error}\n")
 
 
 @cache

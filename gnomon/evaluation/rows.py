@@ -23,6 +23,7 @@ COLUMNS = (
     "seed",
     "target_heads",
     "target_neurons",
+    "target_bytes",
     "heads",
     "neurons",
     "byte_density",
@@ -60,7 +61,8 @@ def entries(results: Mapping[str, Any]) -> Iterator[tuple[Row, Mapping[str, Any]
         "protocol": results["protocol"]["name"],
         "seed": results["seed"],
     } | _present({"prompt": results["protocol"].get("prompt")})
-    own = {key: policy[key] for key in ("refresh", "batch", "kv")} | {"policy": policy["name"]}
+    own = {key: policy[key] for key in ("refresh", "batch", "kv")}
+    own["policy"] = policy.get("label", policy["name"])
     own["backend"] = results["backend"]  # a bracket may have run on another
     own |= _present({"predictor": predictor_label(policy.get("predictor"))})
     quality = results.get("quality", {})
@@ -114,6 +116,7 @@ def _base(density: Mapping[str, Any], quality: Mapping[str, Any]) -> Row:
     }
     generation, predictor = quality.get("generation", {}), quality.get("predictor", {})
     base |= _present({key: generation.get(key) for key in ("kl", "agreement")})
+    base |= _present({"target_bytes": density["target"].get("bytes")})
     base |= _present({"bytes_dtype": density.get("accounting", {}).get("dtype")})
     base |= _present({key: _mean(predictor.get(key)) for key in ("recall", "mass", "spearman")})
     return base | task_means(quality.get("tasks", {}))

@@ -19,6 +19,7 @@ from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import (
     collect_warnings,
     commit,
+    refusing,
     require_new,
     warn,
     write_results,
@@ -71,7 +72,8 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
         command: that makes this run again.
 
     Raises:
-        ValueError: anything the user has to change, before the expensive part where possible.
+        Refused: the policy does not apply to this host, or cannot meet this budget.
+        ValueError: anything else the user has to change, before the expensive part where possible.
         FileExistsError: the folder holds results.
     """
     require_new(folder)
@@ -94,8 +96,12 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     if found.predictor is not None:
         found.predictor.check(criterion=policy.get("criterion"), rank=policy.get("rank"))
     means = find_means(found, root, bench.spec)
-    subject = make_subject(policy, budget, found, means, root, bench.spec)
-    results = start_results(bench, subject, found, subject.params, command=command, seed=seed)
+    with refusing():
+        subject = make_subject(policy, budget, found, means, root, bench.spec)
+        label = policy.get("label")
+        results = start_results(
+            bench, subject, found, subject.params, label=label, command=command, seed=seed
+        )
     for measure in measures:
         measure.check(bench)
     with collect_warnings() as warnings:
@@ -181,12 +187,14 @@ def start_results(
     found: Found,
     params: Mapping[str, Any],
     *,
+    label: str | None = None,
     command: str,
     seed: int,
 ) -> dict[str, Any]:
     """Results before anything is measured: identities, and the densities that the budget aims at.
 
-    Binds the policy, so that a budget that cannot be met fails here.
+    Binds the policy, so that a budget that cannot be met fails here. ``label`` names the policy in
+    tables and figures.
     """
     policy, spec = subject.policy, bench.spec
     policy.bytes_dtype = bench.bytes_dtype
@@ -199,7 +207,7 @@ def start_results(
         "batch": policy.batch,
         "kv": policy.kv,
         "params": dict(params) | {"spread": policy.budget.spread},
-    }
+    } | ({"label": label} if label else {})
     if found.predictor is not None:
         about["predictor"] = describe_predictor(found)
     prompt = bench.protocol.prompt_length

@@ -32,6 +32,7 @@ SEVEN = ("piqa", "copa", "openbookqa", "winogrande", "rte", "hellaswag", "arc_ea
 log = logging.getLogger(__name__)
 _dense: dict[str, Answers] = {}
 _asked: dict[str, Asked] = {}
+_loaded: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,12 @@ class Tasks:
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
-        """The harness's tasks by name."""
-        return load_tasks(self.names, self.path, self.fewshot)
+        """The harness's tasks by name; the jobs of a sweep share them."""
+        key = json.dumps([list(self.names), str(self.path), self.fewshot])
+        if key not in _loaded:
+            _loaded.clear()
+            _loaded[key] = load_tasks(self.names, self.path, self.fewshot)
+        return _loaded[key]
 
     def run(self, bench: Bench, subject: Subject, results: dict[str, Any]) -> None:
         """Fills ``quality.tasks`` and its brackets; density and backend where nothing else did."""
@@ -218,6 +223,7 @@ def forget() -> None:
     """Empties the in-process caches."""
     _dense.clear()
     _asked.clear()
+    _loaded.clear()
 
 
 def _read(path: Path, facts: Mapping[str, str]) -> Answers | None:

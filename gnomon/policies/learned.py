@@ -22,6 +22,7 @@ class Learned(Policy):
         budget: what may be kept.
     """
 
+    name = "learned"
     refreshes = ("token", "prompt")
     accepts: type[Predictor] = Predictor
 

@@ -1,0 +1,112 @@
+"""What train.py needs to train on the sparse host itself, and to go on from a trained predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gnomon.budget import Budget, HeadUnit, Spread
+from gnomon.data.blocks import BlockSettings
+from gnomon.data.criteria import Criterion
+from gnomon.host import HostSpec, UnitKind
+from gnomon.policies.base import Refresh
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.folder import load_predictor
+from gnomon.predictors.module import PredictorModule
+from gnomon.predictors.objectives import Objective
+from gnomon.predictors.student_module import StudentModule
+from gnomon.runtime.student import Student
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The node ``student`` of train.yaml, which documents the fields."""
+
+    blocks: int = 8
+    refresh: Refresh = "token"
+    protocol: str = "all"
+    prompts: tuple[float, float] = (0.125, 0.75)
+    spread: Spread = "layer"
+    head_unit: HeadUnit = "head"
+    input_gradient: bool = False
+    heldout_tokens: int | None = None
+
+    @property
+    def block_settings(self) -> BlockSettings:
+        """What a step is made of."""
+        prompts = tuple(self.prompts) if self.protocol == "decode" else None
+        return BlockSettings(self.blocks, prompts, self.heldout_tokens)  # type: ignore[arg-type]
+
+    def student(
+        self,
+        model: nn.Module,
+        spec: HostSpec,
+        predictor: Predictor,
+        density: Mapping[UnitKind, float],
+    ) -> Student:
+        """The sparse host at a density of each kind.
+
+        Raises:
+            ValueError: nothing to train, or settings that exclude each other.
+        """
+        budget = Budget(
+            heads=density["heads"],
+            neurons=density["neurons"],
+            spread=self.spread,
+            head_unit=self.head_unit,
+        )
+        return Student(
+            model, spec, predictor, budget, self.refresh, self.protocol, self.input_gradient
+        )
+
+
+def make_module(
+    student: Student | None,
+    predictor: Predictor,
+    objective: Objective,
+    criterion: Criterion,
+    optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
+    scheduler: Callable[..., LRScheduler] | None,
+    density: Mapping[UnitKind, float],
+    warm: bool,
+) -> PredictorModule:
+    """The module that fits a predictor: on rows, or on the sparse host where there is a student."""
+    if student is None:
+        return PredictorModule(predictor, objective, optimizer, scheduler, density, warm)
+    return StudentModule(student, objective, criterion, optimizer, scheduler, density, warm)
+
+
+def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
+    """Takes the weights and means of a trained predictor, its int8 weights as fp32 parameters.
+
+    Args:
+        predictor: as configured; changed in place.
+        folder: a predictor folder or hub id.
+        spec: the host.
+
+    Raises:
+        ValueError: no predictor there, or one of another class, other sizes or another host.
+    """
+    found = load_predictor(folder)
+    if found.name != predictor.name:
+        raise ValueError(
+            f"init={folder} holds a {found.name} predictor, but predictor={predictor.name} is "
+            f"configured: use predictor={found.name}, or another folder"
+        )
+    found.check_host(spec)
+    wanted, have = predictor.params, found.params
+    differ = [key for key in wanted if wanted[key] != have.get(key)]
+    if differ:
+        raise ValueError(
+            f"init={folder} was trained with "
+            + ", ".join(f"predictor.{key}={have.get(key)}" for key in differ)
+            + "; configured are "
+            + ", ".join(f"{key}={wanted[key]}" for key in differ)
+            + ": set them alike"
+        )
+    predictor.load_state_dict(found.dequantize().state_dict())

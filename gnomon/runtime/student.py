@@ -1,0 +1,252 @@
+"""The student: a frozen host run through a predictor in training, by the masks of inference.
+
+Positions are read, units chosen and counts kept by the very code that ``sparsify`` uses: the policy
+that will run the predictor selects them from its detached scores. Scores come from the hidden
+states of the sparse host itself. With hard set m (0 or 1), scores s, their threshold c (the lowest
+score kept, detached) and temperature t, a unit tensor is multiplied by
+
+    w · (m + soft − detach(soft)) + (1 − w) · soft,     soft = sigmoid((s − c) / t)
+
+The hardness w is 1 by default: the forward is that of inference, the gradient that of the sigmoid
+(straight-through). Below 1 the forward is a mixture that training anneals (relaxed top-k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnomon.budget import Budget
+from gnomon.data.capture import frozen
+from gnomon.hooks import HostHooks
+from gnomon.host import KINDS, HostSpec, Tap, UnitKind
+from gnomon.policies import POLICIES
+from gnomon.policies.base import Refresh, Seen
+from gnomon.policies.learned import Learned
+from gnomon.predictors.base import Predictor
+from gnomon.predictors.linear import LinearStack
+from gnomon.runtime.positions import Step, read_step
+
+# kind, layer, scores (B, T' or 1, N), unit tensor (B, T', …) before its mask, sparse (B, T')
+Visit = Callable[[UnitKind, int, Tensor, Tensor, Tensor], None]
+Watch = Callable[[int, Tensor], None]  # layer, its input (B, T, D)
+
+
+@dataclass(frozen=True)
+class Softness:
+    """How soft the mask is: the temperature of its sigmoid, and the hardness of its forward."""
+
+    temperature: float = 1.0
+    hardness: float = 1.0
+
+
+HARD = Softness()
+
+
+@dataclass
+class _Run:
+    """One sparse forward: where it is sparse, and what it has seen so far."""
+
+    step: Step
+    start: int
+    learns: bool
+    softness: Softness
+    visit: Visit | None
+    hidden: dict[Tap, Tensor] = field(default_factory=dict)
+    codes: dict[Tap, Tensor] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def sparse(self) -> Tensor:
+        """(B, T') bool, the sparse positions of the columns that are masked."""
+        return self.step.sparse[:, self.start :]
+
+
+class Student:
+    """Runs a frozen host dense, or sparse with gradients that reach the predictor alone.
+
+    Args:
+        model: the host, in eval mode; its parameters and flags stay as they are.
+        spec: its description.
+        predictor: in training; what scores a kind that is kept whole gets no gradient.
+        budget: what is kept.
+        refresh: ``token`` or ``prompt``.
+        protocol: ``all`` (every position is sparse) or ``decode`` (needs prompt lengths).
+        input_gradient: let gradients flow through the hidden states that scores are made from.
+
+    Raises:
+        ValueError: nothing to train, or settings that exclude each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: HostSpec,
+        predictor: Predictor,
+        budget: Budget,
+        refresh: Refresh = "token",
+        protocol: str = "all",
+        input_gradient: bool = False,
+    ) -> None:
+        _check(predictor, budget, refresh, protocol)
+        self.model, self.spec, self.predictor = model, spec, predictor
+        self.protocol, self.input_gradient = protocol, input_gradient
+        chosen = POLICIES.get(predictor.name, Learned)
+        kind = chosen if issubclass(chosen, Learned) else Learned
+        self.policy = kind(predictor, budget, refresh)
+        self.policy.bind(model, spec)
+        predictor.train()
+        self.masked: list[tuple[UnitKind, int]] = [
+            (kind, layer)
+            for layer in range(spec.L)
+            for kind in KINDS
+            if not self.policy.keeps_all(kind, layer)
+        ]
+        _freeze_whole(predictor, budget)
+        self._run: _Run | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.model.parameters()).device
+
+    def step(self, ids: Tensor, prompt_length: Tensor | None = None) -> Step:
+        """Where a forward of ids (B, T) is sparse, with prompts of (B,) tokens under ``decode``."""
+        ends = prompt_length if self.protocol == "decode" else None
+        return read_step({"input_ids": ids}, self.protocol, ends)
+
+    @torch.no_grad()
+    def dense(self, ids: Tensor, watch: Watch | None = None) -> Tensor:
+        """Logits (B, T, V) of the dense host on ids (B, T)."""
+        with HostHooks(self.model, self.spec) as hooks:
+            self._watch(hooks, watch)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def sparse(
+        self,
+        ids: Tensor,
+        step: Step,
+        softness: Softness = HARD,
+        watch: Watch | None = None,
+        visit: Visit | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of the sparse host on ids (B, T).
+
+        Args:
+            step: of :meth:`step`.
+            softness: of the mask.
+            watch: called with every layer's input but the first's.
+            visit: called for every masked unit tensor; only its scores then have a gradient.
+        """
+        start, learns = step.start, torch.is_grad_enabled()
+        assert start is not None, "no position is sparse"
+        self._run = _Run(step, start, learns, softness, visit)
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model))
+            stack.enter_context(torch.set_grad_enabled(learns and visit is None))
+            hooks = stack.enter_context(HostHooks(self.model, self.spec))
+            for kind, layer in self.masked:
+                hooks.on_units(kind, layer, partial(self._mask, kind, layer))
+            for tap in self.policy.taps():  # after the masks, as in a session
+                hooks.on_tap(tap, partial(self._see, tap))
+            self._watch(hooks, watch)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        self._run = None
+        return logits
+
+    def _watch(self, hooks: HostHooks, watch: Watch | None) -> None:
+        for layer in range(1, self.spec.L if watch is not None else 0):
+            assert watch is not None
+            hooks.on_tap(Tap(layer, "layer_input"), partial(watch, layer))
+
+    def _see(self, tap: Tap, hidden: Tensor) -> None:
+        assert self._run is not None
+        self._run.hidden[tap] = hidden if self.input_gradient else hidden.detach()
+
+    def _mask(self, kind: UnitKind, layer: int, units: Tensor) -> Tensor:
+        """Multiplies the units of one layer by their mask at the sparse positions."""
+        run, start = self._run, self._run.start if self._run is not None else 0
+        assert run is not None
+        own = units[:, start:]
+        with (
+            torch.autocast(units.device.type, enabled=False),  # decisions are fp32 at inference too
+            torch.set_grad_enabled(run.learns),
+        ):
+            scores = self._scores(kind, layer, run)
+            if run.visit is not None:
+                run.visit(kind, layer, scores, own, run.sparse)
+            mask = self._soft_mask(kind, layer, scores, run).expand(*run.sparse.shape, -1)
+            mask = mask.where(run.sparse[..., None], 1.0).to(units.dtype)
+        tail = own * (mask[..., None] if kind == "heads" else mask)
+        return tail if start == 0 else torch.cat([units[:, :start], tail], dim=1)
+
+    def _scores(self, kind: UnitKind, layer: int, run: _Run) -> Tensor:
+        """Scores (B, T', N), or (B, 1, N) where one decision serves the sequence."""
+        tap = self.predictor.decided_from(kind, layer)
+        assert tap is not None
+        if tap not in run.codes:
+            run.codes[tap] = self.predictor.encode(tap, self._rows(tap, run).float())
+        return self.predictor.score(kind, layer, run.codes[tap])
+
+    def _rows(self, tap: Tap, run: _Run) -> Tensor:
+        """Hidden states that decide: (B, T', W), or (B, 1, W) of position P-2."""
+        hidden = run.hidden[tap]
+        if self.policy.refresh == "token":
+            return hidden[:, run.start :]
+        assert run.step.decide_at is not None, "prompts have at least 2 tokens"
+        return hidden[torch.arange(len(hidden), device=hidden.device), run.step.decide_at][:, None]
+
+    def _soft_mask(self, kind: UnitKind, layer: int, scores: Tensor, run: _Run) -> Tensor:
+        """The mask (B, T' or 1, N) of the module's equation, fp32."""
+        seen = Seen(
+            lambda tap: self._rows(tap, run).detach(),
+            run.step.positions[:, run.start :],
+            run.step.live[:, run.start :],
+            run.memo,
+        )
+        scores = self.policy.combine(kind, scores, seen)
+        with torch.no_grad():
+            keep = self.policy.select(kind, layer, scores.detach(), seen)
+            cut = scores.detach().masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
+        mask = keep.float()
+        if torch.is_grad_enabled() and run.visit is None:
+            soft = ((scores - cut) / run.softness.temperature).sigmoid()
+            through, w = mask + (soft - soft.detach()), run.softness.hardness
+            mask = through if w == 1 else w * through + (1 - w) * soft
+        grouped = kind == "heads" and self.policy.resolved.head_unit == "group"
+        return mask.repeat_interleave(self.spec.group_size, -1) if grouped else mask
+
+
+def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) -> None:
+    if protocol not in ("all", "decode"):
+        raise ValueError(f"student.protocol={protocol!r}: use all or decode")
+    if refresh == "prompt" and protocol == "all":
+        raise ValueError(
+            "student.refresh=prompt decides from a prompt, and student.protocol=all has none: use "
+            "student.protocol=decode"
+        )
+    if all(budget.target(kind) == 1 for kind in KINDS):
+        raise ValueError(
+            "density.heads=1 and density.neurons=1 keep every unit: there is nothing to learn; "
+            "lower at least one of them"
+        )
+    if budget.spread != "layer" and predictor.name != "shadow":
+        raise ValueError(
+            f"student.spread={budget.spread!r}: a {predictor.name} predictor scores in layer order "
+            "and ranks all layers by calibrated thresholds only: use student.spread=layer"
+        )
+
+
+def _freeze_whole(predictor: Predictor, budget: Budget) -> None:
+    """No gradient for the networks of a kind that is kept whole; they bear its name."""
+    whole = [kind for kind in KINDS if budget.target(kind) == 1]
+    for path, part in predictor.named_modules():
+        if isinstance(part, LinearStack) and path.rpartition(".")[2] in whole:
+            part.requires_grad_(False)
