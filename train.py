@@ -69,6 +69,17 @@ def main(cfg: DictConfig) -> None:
     how = Settings(**config["student"]) if objective.on_policy else None
     training.resume_from(trainer, cfg.ckpt_path)  # complains now, not after the harvest
 
+    module = make_module(
+        None if how is None else how.student(model, spec, predictor, density),
+        predictor,
+        objective,
+        criterion,
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        density=density,
+        warm=cfg.init is not None,
+    )
+
     data = prepare(
         **config["harvest"],
         model=model,
@@ -86,16 +97,6 @@ def main(cfg: DictConfig) -> None:
         print(data.path)
         return
     data.seed = cfg.seed  # the order of rows; the traces themselves serve every seed
-    module = make_module(
-        None if how is None else how.student(model, spec, predictor, density),
-        predictor,
-        objective,
-        criterion,
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler),
-        density=density,
-        warm=cfg.init is not None,
-    )
     del model
 
     tracking.log_config(trainer.loggers, config)

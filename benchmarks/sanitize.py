@@ -70,6 +70,23 @@ def gathers(batch: int) -> None:
         )
 
 
+def wanted(batch: int) -> None:
+    """Passes over whole weights that leave units out, the first 20 of which are read anyway."""
+    w, x = randn(300, 200), randn(batch, 200, dtype=torch.float32)
+    keep = torch.rand(280, device=DEVICE) < 0.5
+    check(
+        f"rows wanted batch {batch}",
+        lambda: row_gather_triton(x, w, wanted=keep),
+        lambda: row_gather_reference(x, w, wanted=keep),
+    )
+    h = randn(batch, 300, dtype=torch.float32)
+    check(
+        f"columns wanted batch {batch}",
+        lambda: column_gather_triton(h, w, wanted=keep),
+        lambda: column_gather_reference(h, w, wanted=keep),
+    )
+
+
 def attention(group: int, capacity: int, dtype: torch.dtype) -> None:
     """A tile per program and several, shared groups and single heads."""
     batch, groups, d = 2, 3, 64
@@ -131,6 +148,7 @@ def main() -> None:
     torch.manual_seed(0)
     for batch in (1, 3, 8):
         gathers(batch)
+        wanted(batch)
     for group in (1, 4):
         for capacity in (45, 5000):
             attention(group, capacity, torch.bfloat16)

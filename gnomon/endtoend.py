@@ -82,7 +82,7 @@ def make_module(
 
 
 def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
-    """Takes the weights and means of a trained predictor, its int8 weights as fp32 parameters.
+    """Takes over a trained predictor: weights (int8 becomes fp32 parameters), means and record.
 
     Args:
         predictor: as configured; changed in place.
@@ -92,7 +92,10 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
     Raises:
         ValueError: no predictor there, or one of another class, other sizes or another host.
     """
-    found = load_predictor(folder)
+    try:
+        found = load_predictor(folder)
+    except ValueError as error:
+        raise ValueError(f"init={folder}: {error}") from error
     if found.name != predictor.name:
         raise ValueError(
             f"init={folder} holds a {found.name} predictor, but predictor={predictor.name} is "
@@ -110,3 +113,4 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
             + ": set them alike"
         )
     predictor.load_state_dict(found.dequantize().state_dict())
+    predictor.info = found.info

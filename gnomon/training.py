@@ -42,7 +42,7 @@ def fit(
 
     Args:
         module: its predictor is trained and quantised in place.
-        data: rows; needs ``means``.
+        data: rows; needs ``means`` and ``info``.
         ckpt_path: ``last``, a checkpoint file, or None.
 
     Returns:
@@ -58,9 +58,7 @@ def fit(
         raise
     if not is_trial(trainer):
         _load_best(module, trainer)
-    if not module.warm:
-        means = getattr(data, "means")  # noqa: B009  (of all rows seen; online they have grown)
-        module.predictor.set_means({kind: means[kind].float().cpu() for kind in KINDS})
+    module.take_means(data)  # of all rows seen; online they have grown
     module.before_quantized(data.val_dataloader())
     module.predictor.quantize()
     trainer.test(module, dataloaders=data.val_dataloader(), verbose=False)
@@ -243,6 +241,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             numbers = [f"{values[m]:.3f}" for m in ("recall", "mass", "spearman")]
             table.add_row(kind, density, choice, *numbers)
         table.add_row(kind, density, "oracle", "1.000", f"{own['oracle']['mass']:.3f}", "1.000")
+    if metrics.get("student", {}).get("positions"):  # a trial sees none
+        found = metrics["student"]
+        table.caption = (
+            f"sparse host: KL {found['kl']:.4f}, perplexity ratio {found['ppl_ratio']:.3f} over "
+            f"{found['positions']} held-out positions"
+        )
     return table
 
 

@@ -91,6 +91,7 @@ def check(
     alibi: Tensor | None,
     write: str,
     kv_slot: Tensor | None,
+    first: Tensor | None = None,
 ) -> None:
     """Raises ValueError for arguments of decode attention that do not fit each other."""
     check_choice("write", write, ("all", "active"))
@@ -129,8 +130,14 @@ def check(
             check_range(field, places, -1, most)
     if debugging():
         check_range("position", position, 0, k_cache.shape[2])
+        if first is not None:
+            check_range("first", first, 0, k_cache.shape[2])
     if (cos is None) != (sin is None) or (cos is not None and cos.shape[1] > d):
         raise ValueError(f"cos and sin must both be (P, rot), rot <= d={d}, or both None")
+    if cos is not None and cos.shape[0] < k_cache.shape[2]:
+        raise ValueError(
+            f"cos has {cos.shape[0]} positions and the caches {k_cache.shape[2]}: use as many"
+        )
     if alibi is not None and alibi.shape != (heads,):
         raise ValueError(f"alibi is {tuple(alibi.shape)} for {heads} heads")
 

@@ -3,7 +3,8 @@
     y[b] = residual[b] + bias + Σ_{s, r} x[b, s·block + r] · scale[j] · weight_t[j],
     j = index[s]·block + r
 
-with one list for the whole batch; without a list a dense GEMM of the library. Specification:
+with one list for the whole batch. Without a list, over all rows that some sequence wants (the
+others are not read), or over all by a dense GEMM of the library. Specification:
 ``column_gather_reference``. Operands are rounded to the weights' dtype (beside int8 weights: to
 x's), sums are fp32.
 """
@@ -21,7 +22,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _rows
+    from gnomon.kernels.gather_common import _reads, _rows
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -39,11 +40,15 @@ if triton is not None:
         y_ptr,
         partial_ptr,
         ticket_ptr,
+        wanted_ptr,
         B,
         S,
         D,
+        before,
         UNIT: tl.constexpr,
+        HAS_INDEX: tl.constexpr,
         HAS_COUNT: tl.constexpr,
+        HAS_WANTED: tl.constexpr,
         HAS_SCALE: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
@@ -72,8 +77,8 @@ if triton is not None:
         y = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
         for start in range(begin, end, ROWS):
             r = start + tl.arange(0, ROWS)
-            live = r < end
-            row = _rows(r, end, index_ptr, 0, UNIT, True).to(tl.int64)
+            live = _reads(r < end, r, wanted_ptr, before, UNIT, HAS_WANTED)
+            row = _rows(r, end, index_ptr, 0, UNIT, HAS_INDEX).to(tl.int64)
             x = tl.load(
                 x_ptr + b[:, None] * (S * UNIT) + r[None, :],
                 mask=inside[:, None] & live[None, :],
@@ -122,16 +127,16 @@ def columns_batch(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The sum over gathered rows of ``weight_t``, or all of them: x (B, S·unit) -> (B, D)."""
     x = x.to(operand_dtype(weight_t, x)).contiguous()
-    if index is None and weight_t.dtype != torch.int8:
+    if index is None and wanted is None and weight_t.dtype != torch.int8:
         dense = (x @ weight_t).float()
         dense = dense if bias is None else dense + bias.float()
         return (dense if residual is None else dense + residual.float()).to(out_dtype)
-    if index is None:
-        index = torch.arange(weight_t.shape[0] // unit, dtype=torch.int32, device=x.device)
-    batch, width, slots = x.shape[0], weight_t.shape[1], index.shape[-1]
+    batch, width = x.shape[0], weight_t.shape[1]
+    slots = weight_t.shape[0] // unit if index is None else index.shape[-1]
     y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
     block_b = min(64, max(16, power_of_two(batch)))
     rows, block_d = (64, 128) if x.dtype != torch.float32 else (32, 64)
@@ -151,11 +156,15 @@ def columns_batch(
         y,
         partial,
         tickets(x.device),
+        wanted,
         batch,
         slots,
         width,
+        0 if wanted is None else slots - wanted.numel(),
         UNIT=unit,
+        HAS_INDEX=index is not None,
         HAS_COUNT=count is not None,
+        HAS_WANTED=wanted is not None,
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,

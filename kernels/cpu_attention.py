@@ -45,7 +45,7 @@ def decode_attention(
             q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, q_norm, k_norm, eps,
             scaling, window, softcap, first, alibi, write, kv_slot, out_dtype, early,
         )  # fmt: skip
-    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot)
+    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot, first)
     batch, groups, tokens, d = k_cache.shape
     places = q.shape[1] // d
     heads = places if slot is None else slot.shape[1]

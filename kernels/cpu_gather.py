@@ -40,16 +40,17 @@ def row_gather(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """As :func:`gnomon.kernels.row_gather.row_gather_reference`."""
     norms = (norm_weight, norm_bias, norm, eps)
     lib = serving(x, weight)
     if lib is None:
         return row_gather_reference(
-            x, weight, index, block, count, scale, bias, *norms, out_dtype, early
+            x, weight, index, block, count, scale, bias, *norms, out_dtype, early, wanted
         )
-    lists = (index, block, count)
-    y = rows(lib, x, (weight, scale, bias), None, lists, norms, "none")
+    lists, whole = _lists(index, block, count, weight, wanted, x)
+    y = rows(lib, x, (weight, scale, bias), None, lists, norms, "none", whole)
     return y.to(out_dtype or x.dtype)
 
 
@@ -69,16 +70,20 @@ def ffn_up(
     norm: str = "none",
     eps: float = 1e-6,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """As :func:`gnomon.kernels.gathered_ffn.ffn_up_reference`."""
     norms = (norm_weight, norm_bias, norm, eps)
     lib = serving(x, up, gate)
     if lib is None:
         affine = (up_bias, gate_bias, up_scale, gate_scale)
-        return ffn_up_reference(x, up, gate, index, count, activation, *affine, *norms, early)
+        return ffn_up_reference(
+            x, up, gate, index, count, activation, *affine, *norms, early, wanted
+        )
     check_choice("activation", activation, ACTIVATIONS)
     gated = None if gate is None else (gate, gate_scale, gate_bias)
-    return rows(lib, x, (up, up_scale, up_bias), gated, (index, 1, count), norms, activation)
+    lists, whole = _lists(index, 1, count, up, wanted, x)
+    return rows(lib, x, (up, up_scale, up_bias), gated, lists, norms, activation, whole)
 
 
 def column_gather(
@@ -92,14 +97,16 @@ def column_gather(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """As :func:`gnomon.kernels.column_gather.column_gather_reference`."""
     lib = serving(x, weight_t)
     if lib is None:
         return column_gather_reference(
-            x, weight_t, index, block, count, scale, bias, residual, out_dtype, early
+            x, weight_t, index, block, count, scale, bias, residual, out_dtype, early, wanted
         )
-    y = columns(lib, x, weight_t, (index, block, count), scale, bias, residual)
+    lists, whole = _lists(index, block, count, weight_t, wanted, x)
+    y = columns(lib, x, weight_t, lists, scale, bias, residual, whole)
     return y.to(out_dtype or x.dtype)
 
 
@@ -185,6 +192,23 @@ def columns(
         *(whole, torch.get_num_threads()),
     )
     return _in_range(y, wrong, n // block)
+
+
+def _lists(
+    index: Tensor | None,
+    block: int,
+    count: Tensor | None,
+    weight: Tensor,
+    wanted: Tensor | None,
+    x: Tensor,
+) -> tuple[Lists, bool]:
+    """The list to follow, and whether results and operands stand at the units' own places."""
+    units = weight.shape[0] // block
+    check_list(index, count, x.shape[0], units, wanted)
+    if wanted is None:
+        return (index, block, count), False
+    before = torch.arange(units - wanted.numel(), dtype=torch.int32)
+    return (torch.cat([before, len(before) + wanted.nonzero()[:, 0].int()]), block, None), True
 
 
 def serving(x: Tensor, *weights: Tensor | None) -> CDLL | None:

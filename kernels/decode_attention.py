@@ -80,7 +80,7 @@ def decode_attention_reference(
     Raises:
         ValueError: shapes or types that do not fit each other.
     """
-    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot)
+    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot, first)
     batch, groups, _, d = k_cache.shape
     places = q.shape[1] // d
     heads = q.reshape(batch, places, d).float()
@@ -248,7 +248,7 @@ def decode_attention_triton(
     early: bool = False,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
-    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot)
+    check(q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, alibi, write, kv_slot, first)
     return launch(
         q, k_new, v_new, k_cache, v_cache, position, slot, cos, sin, q_norm, k_norm, eps,
         k_cache.shape[3] ** -0.5 if scaling is None else scaling,

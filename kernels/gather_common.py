@@ -2,6 +2,10 @@
 
 An index list (S,) or (R, S) of int32 names kept units, R being 1 or the batch B; ``count`` (1,) or
 (R,) says on the device how many of them hold. Entries past the count may be anything.
+
+Without a list, ``wanted`` (M,) bool may name the last M units of the weights that are read, of the
+others nothing is: where sequences keep units of their own, and so many together that one pass over
+the weights reads less than a list for each. Units before the last M are all read.
 """
 
 from __future__ import annotations
@@ -67,21 +71,40 @@ def rows_of(index: Tensor, block: int, count: Tensor | None) -> Tensor:
     return (rows[..., None] * block + within).flatten(-2)
 
 
+def rows_wanted(wanted: Tensor, rows: int, block: int) -> Tensor:
+    """Rows of the weights that are read, (rows,) bool, where ``wanted`` names the last units."""
+    before = wanted.new_ones(rows // block - wanted.numel())
+    return torch.cat([before, wanted]).repeat_interleave(block)
+
+
 def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ValueError for a value that is not offered."""
     if value not in allowed:
         raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(allowed)}")
 
 
-def check_list(index: Tensor | None, count: Tensor | None, batch: int, units: int) -> None:
-    """Raises ValueError for a list of the wrong type or number of rows.
+def check_list(
+    index: Tensor | None,
+    count: Tensor | None,
+    batch: int,
+    units: int,
+    wanted: Tensor | None = None,
+) -> None:
+    """Raises ValueError for a list of the wrong type or number of rows, or for two answers.
 
-    With ``GNOMON_DEBUG=1`` also for an entry outside 0..units - 1, which waits for the device.
+    With ``GNOMON_DEBUG=1`` also for a count beyond the list, and for an entry that holds and is
+    outside 0..units - 1, which waits for the device.
     """
     if index is None:
         if count is not None:
             raise ValueError("count is given without index: a count belongs to a list")
+        if wanted is not None and (wanted.dtype != torch.bool or not 0 < wanted.numel() <= units):
+            raise ValueError(
+                f"wanted is {wanted.dtype} of {wanted.numel()} units; use bool, {units} at most"
+            )
         return
+    if wanted is not None:
+        raise ValueError("wanted is given with an index: a list says itself what is read")
     if index.dtype != torch.int32 or index.dim() not in (1, 2):
         raise ValueError(
             f"index is {index.dtype} of {index.dim()} dimensions; use int32 (S,), (B, S)"
@@ -94,6 +117,8 @@ def check_list(index: Tensor | None, count: Tensor | None, batch: int, units: in
         )
 
     if debugging():
+        if count is not None:
+            check_range("count", count, 0, index.shape[-1] + 1)
         held = index if index.dim() == 2 else index[None]
         place = torch.arange(held.shape[-1], device=held.device)
         inside = None if count is None else place < count.view(-1, 1)
@@ -140,3 +165,11 @@ if triton is not None:
         if HAS_INDEX:
             row = tl.load(index_ptr + own + r // UNIT, mask=r < end, other=0) * UNIT + r % UNIT
         return row
+
+    @triton.jit
+    def _reads(live, r, wanted_ptr, before, UNIT: tl.constexpr, HAS_WANTED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Which of the live rows r are read; ``before`` units precede those that may not be."""
+        if HAS_WANTED:
+            unit = r // UNIT - before
+            live = live & (tl.load(wanted_ptr + unit, mask=live & (unit >= 0), other=1) != 0)
+        return live

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gnomon.kernels.column_gather import column_gather
 from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, activate, check_choice, check_list
-from gnomon.kernels.row_gather import launch_rows, row_gather_reference
+from gnomon.kernels.row_gather import row_gather_reference
+from gnomon.kernels.row_gemv import launch_rows
 
 
 def ffn_up_reference(
@@ -36,6 +37,7 @@ def ffn_up_reference(
     norm: str = "none",
     eps: float = 1e-6,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The specification of the first half, accumulated in fp32.
 
@@ -48,7 +50,7 @@ def ffn_up_reference(
         up_bias, gate_bias: (F,) or None.
         up_scale, gate_scale: (F,) fp32 of int8 weights.
         norm_weight, norm_bias, norm, eps: the norm before the FFN, fused.
-        early: as in :func:`gnomon.kernels.row_gather.row_gather_reference`.
+        early, wanted: as in :func:`gnomon.kernels.row_gather.row_gather_reference`.
 
     Returns:
         h (B, S) fp32; past the count it is undefined.
@@ -72,6 +74,7 @@ def ffn_up_reference(
             norm=norm,
             eps=eps,
             out_dtype=torch.float32,
+            wanted=wanted,
         )
 
     h = rows(up, up_scale, up_bias)
@@ -96,11 +99,12 @@ def ffn_up_triton(
     norm: str = "none",
     eps: float = 1e-6,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("norm", norm, NORMS)
-    check_list(index, count, x.shape[0], up.shape[0])
+    check_list(index, count, x.shape[0], up.shape[0], wanted)
     return launch_rows(
         x,
         up,
@@ -117,6 +121,7 @@ def ffn_up_triton(
         activation,
         torch.float32,
         early,
+        wanted,
     )
 
 
@@ -141,6 +146,7 @@ def _(
     norm: str = "none",
     eps: float = 1e-6,
     early: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     slots = up.shape[0] if index is None else index.shape[-1]
     return x.new_empty((x.shape[0], slots), dtype=torch.float32)

@@ -2,9 +2,10 @@
 
     y[b, s·block + r] = scale[j] · Σ_k n(x)[b, k] · weight[j, k] + bias[j],   j = index[s]·block + r
 
-or act(gate) · up of two such products, with one list for the whole batch; without a list a dense
-GEMM of the library. Specifications: ``row_gather_reference`` and ``ffn_up_reference``. Operands are
-rounded to the weights' dtype (beside int8 weights: to x's), sums are fp32.
+or act(gate) · up of two such products, with one list for the whole batch. Without a list, all rows
+that some sequence wants (the others are 0 and not read), or all by a dense GEMM of the library.
+Specifications: ``row_gather_reference`` and ``ffn_up_reference``. Operands are rounded to the
+weights' dtype (beside int8 weights: to x's), sums are fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _activate, _rows
+    from gnomon.kernels.gather_common import _activate, _reads, _rows
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -39,12 +40,16 @@ if triton is not None:
         gate_scale_ptr,
         up_bias_ptr,
         gate_bias_ptr,
+        wanted_ptr,
         y_ptr,
         B,
         S,
         W,
+        before,
         UNIT: tl.constexpr,
+        HAS_INDEX: tl.constexpr,
         HAS_COUNT: tl.constexpr,
+        HAS_WANTED: tl.constexpr,
         HAS_SCALE: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_GATE_BIAS: tl.constexpr,
@@ -66,12 +71,16 @@ if triton is not None:
         if tl.program_id(0) * ROWS < end:
             r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
             live = r < end
-            row = _rows(r, end, index_ptr, 0, UNIT, True).to(tl.int64)
+            read = _reads(live, r, wanted_ptr, before, UNIT, HAS_WANTED)
+            row = _rows(r, end, index_ptr, 0, UNIT, HAS_INDEX).to(tl.int64)
             b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
             inside = b < B
             up = tl.zeros((BLOCK_B, ROWS), dtype=tl.float32)
             gate = tl.zeros((BLOCK_B, ROWS), dtype=tl.float32)
-            for start in range(0, W, BLOCK_W):
+            width = W
+            if HAS_WANTED:  # a block without a wanted row is skipped
+                width = W * tl.max(read.to(tl.int32), axis=0)
+            for start in range(0, width, BLOCK_W):
                 k = start + tl.arange(0, BLOCK_W)
                 in_w = k < W
                 x = tl.load(
@@ -80,7 +89,7 @@ if triton is not None:
                     other=0.0,
                 )
                 place = row[None, :] * W + k[:, None]
-                mask = live[None, :] & in_w[:, None]
+                mask = read[None, :] & in_w[:, None]
                 if UPCAST:
                     x = x.to(tl.float32)
                 w = tl.load(up_ptr + place, mask=mask, other=0.0).to(x.dtype)
@@ -89,14 +98,14 @@ if triton is not None:
                     g = tl.load(gate_ptr + place, mask=mask, other=0.0).to(x.dtype)
                     gate = tl.dot(x, g, gate, input_precision="ieee")
             if HAS_SCALE:
-                up *= tl.load(up_scale_ptr + row, mask=live, other=0.0)[None, :]
+                up *= tl.load(up_scale_ptr + row, mask=read, other=0.0)[None, :]
             if HAS_BIAS:
-                up += tl.load(up_bias_ptr + row, mask=live, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(up_bias_ptr + row, mask=read, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 if HAS_SCALE:
-                    gate *= tl.load(gate_scale_ptr + row, mask=live, other=0.0)[None, :]
+                    gate *= tl.load(gate_scale_ptr + row, mask=read, other=0.0)[None, :]
                 if HAS_GATE_BIAS:
-                    shift = tl.load(gate_bias_ptr + row, mask=live, other=0.0)
+                    shift = tl.load(gate_bias_ptr + row, mask=read, other=0.0)
                     gate += shift.to(tl.float32)[None, :]
                 up *= _activate(gate, ACTIVATION)
             else:
@@ -123,19 +132,18 @@ def rows_batch(
     eps: float,
     activation: str,
     out_dtype: torch.dtype,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Norm, then the product with gathered rows or all of them: x (B, W) -> (B, S·unit)."""
     x = norm_add_triton(x, norm_weight, norm_bias, norm, eps, None, operand_dtype(up, x))
-    if index is None and up.dtype != torch.int8:
+    if index is None and wanted is None and up.dtype != torch.int8:
         y = _dense(x, up, biases[0])
         if gate is not None:
             y = activate(_dense(x, gate, biases[1]), activation) * y
         elif activation != "none":
             y = activate(y, activation)
         return y.to(out_dtype)
-    if index is None:
-        index = torch.arange(up.shape[0] // unit, dtype=torch.int32, device=x.device)
-    batch, slots = x.shape[0], index.shape[-1]
+    batch, slots = x.shape[0], up.shape[0] // unit if index is None else index.shape[-1]
     y = torch.empty((batch, slots * unit), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -149,12 +157,16 @@ def rows_batch(
         count,
         *scales,
         *biases,
+        wanted,
         y,
         batch,
         slots,
         x.shape[1],
+        0 if wanted is None else slots - wanted.numel(),
         UNIT=unit,
+        HAS_INDEX=index is not None,
         HAS_COUNT=count is not None,
+        HAS_WANTED=wanted is not None,
         HAS_SCALE=scales[0] is not None,
         HAS_BIAS=biases[0] is not None,
         HAS_GATE_BIAS=biases[1] is not None,

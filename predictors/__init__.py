@@ -5,6 +5,7 @@ from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
 from gnomon.predictors.folder import find_predictor, load_predictor
 from gnomon.predictors.shadow import Shadow
+from gnomon.predictors.static import Static
 
 __all__ = [
     "Calibration",
@@ -12,6 +13,7 @@ __all__ = [
     "Predictor",
     "PredictorInfo",
     "Shadow",
+    "Static",
     "find_predictor",
     "load_predictor",
 ]

@@ -95,4 +95,11 @@ def _metrics(predictor: Predictor) -> str:
         for label, values in (("predictor", metrics[kind]), ("static", metrics[kind]["static"])):
             numbers = " | ".join(f"{values[m]:.3f}" for m in ("recall", "mass", "spearman"))
             rows.append(f"| {kind} | {density:g} | {label} | {numbers} |")
+    if "student" in metrics:
+        found = metrics["student"]
+        rows.append(
+            f"\nThe sparse host at these densities (refresh {found['refresh']}, protocol "
+            f"{found['protocol']}): KL to the dense host {found['kl']:.4f}, perplexity ratio "
+            f"{found['ppl_ratio']:.3f}, over {found['positions']} held-out positions."
+        )
     return "\n".join(rows)

@@ -30,7 +30,7 @@ class PredictorModule(pl.LightningModule):
         optimizer: takes parameter groups; biases come in a group without weight decay.
         scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
         density: kind -> kept fraction within a layer at which recall and mass are measured.
-        warm: the predictor is trained already: it starts as it is, and keeps its means.
+        warm: the predictor is trained already, and starts as it is.
     """
 
     def __init__(
@@ -54,12 +54,21 @@ class PredictorModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Starts a cold fit from the fixed choice; a checkpoint, restored later, replaces it."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and data is not None and not self.warm:
-            means = {kind: data.means[kind].float().cpu() for kind in KINDS}
-            self.predictor.set_means(means)
+        if stage != "fit" or data is None:
+            return
+        self.take_means(data)
+        if not self.warm:
+            means = self.predictor.means
             self.predictor.set_output_bias(
                 {kind: self.objective.bias(means[kind], self.density[kind]) for kind in KINDS}
             )
+
+    def take_means(self, data: Any) -> None:
+        """Per-unit means of a data module, unless a warm start brought such of the same kind."""
+        info = self.predictor.info
+        same = all(getattr(info, key) == data.info[key] for key in ("criterion", "granularity"))
+        if not (self.warm and same):
+            self.predictor.set_means({kind: data.means[kind].float().cpu() for kind in KINDS})
 
     def before_quantized(self, rows: Iterable[Batch]) -> None:
         """Called by ``fit`` once the best weights are back, before they are quantised."""
@@ -108,7 +117,7 @@ class PredictorModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Keeps the results, logs them, and stores the quantiles in the predictor."""
-        self.results = self._finish()
+        self.results = self._finish() | self._origin()
         self.predictor.calibrate({kind: self._quantiles(kind) for kind in KINDS})
         for kind in KINDS:
             for name in NAMES:
@@ -153,6 +162,11 @@ class PredictorModule(pl.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def _origin(self) -> dict[str, Any]:
+        """What a warm start was trained on, for the record."""
+        keys = ("objective", "criterion", "text", "tokens", "created")
+        return {"init": {k: getattr(self.predictor.info, k) for k in keys}} if self.warm else {}
 
     def _start(self) -> None:
         means = self.predictor.means

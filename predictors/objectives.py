@@ -156,6 +156,7 @@ class Kl(Objective):
         final_mask_temperature: reached geometrically at the last step; None: constant.
         relaxed: share of the steps over which the forward's mask goes from the sigmoid to the hard
             set; 0: hard from the first step.
+        balanced: scores compete for the budget in the gradient.
 
     Raises:
         ValueError: a field out of its range.
@@ -172,6 +173,7 @@ class Kl(Objective):
         mask_temperature: float = 1.0,
         final_mask_temperature: float | None = None,
         relaxed: float = 0.0,
+        balanced: bool = False,
     ) -> None:
         last = mask_temperature if final_mask_temperature is None else final_mask_temperature
         for key, value in (
@@ -188,7 +190,7 @@ class Kl(Objective):
             )
         self.temperature, self.layers_weight = temperature, layers_weight
         self.mask_temperature, self.last_mask_temperature = mask_temperature, last
-        self.relaxed = relaxed
+        self.relaxed, self.balanced = relaxed, balanced
 
     @property
     def label(self) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gnomon.data.codes import top_k
-from gnomon.data.criteria import Criterion, LayerWeights, layer_weights
-from gnomon.host import KINDS, UnitKind
+from gnomon.data.criteria import Criterion
+from gnomon.host import UnitKind
 from gnomon.predictors.divergence import Divergence, mean_kl, relative_error
+from gnomon.predictors.imitation import Imitation
 from gnomon.predictors.module import Batch, PredictorModule
 from gnomon.predictors.objectives import Kl, Objective
 from gnomon.runtime.positions import Step
 from gnomon.runtime.student import Softness, Student
+
+log = logging.getLogger(__name__)
 
 KEYS = ("kl", "ppl_dense", "ppl_sparse", "ppl_ratio")
 
@@ -51,6 +53,7 @@ class StudentModule(PredictorModule):
     ) -> None:
         super().__init__(student.predictor, objective, optimizer, scheduler, density, warm)
         self._student, self._divergence = [student], Divergence(student.device)
+        self._at_start: dict[str, float] = {}
         self._before: dict[str, float] = {}
         self._imitate: Imitation | None = None
         if not isinstance(objective, Kl):
@@ -73,6 +76,17 @@ class StudentModule(PredictorModule):
                 f"{self.student.device.type}, and objective={self.objective.name} runs it: set "
                 "trainer.accelerator and host.device alike"
             )
+
+    def on_train_start(self) -> None:
+        """Measures the divergence that training starts from."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or self.global_step > 0:
+            return
+        self._divergence = Divergence(self.student.device)
+        for batch in data.val_dataloader():
+            if "ids" in batch:
+                self._diverge({key: value.to(self.device) for key, value in batch.items()})
+        self._at_start = _rounded(self._reduced())
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One step of the objective on the sparse host.
@@ -128,9 +142,10 @@ class StudentModule(PredictorModule):
             "refresh": policy.refresh,
             "protocol": self.student.protocol,
             "spread": policy.resolved.spread,
-            **{key: round(found[key], 5) for key in KEYS},
+            **_rounded(found),
             "positions": int(found["positions"]),
             "float": self._before,
+            "start": self._at_start,
         }
         for key in ("kl", "ppl_ratio"):
             self.log(f"test/{key}", found[key], sync_dist=True)
@@ -138,7 +153,14 @@ class StudentModule(PredictorModule):
     def before_quantized(self, rows: Iterable[Batch]) -> None:
         """Measures the weights as trained, for ``results["student"]["float"]``."""
         self.trainer.test(self, dataloaders=rows, verbose=False)
-        self._before = {key: self.results["student"][key] for key in KEYS}
+        self._before = _rounded(self.results["student"])
+        start = self._at_start.get("kl")
+        if start is not None and self._before["kl"] > start:
+            log.warning(
+                "the divergence was %.4f at the start and is %.4f after training: lower "
+                "optimizer.lr or train for longer",
+                *(start, self._before["kl"]),
+            )
 
     def _distil(self, ids: Tensor, step: Step) -> Tensor:
         """KL to the dense host at the sparse positions, and the weighted error of its layers."""
@@ -153,7 +175,7 @@ class StudentModule(PredictorModule):
             errors.append(relative_error(hidden[at], states.pop(layer)))
 
         teacher = _scored(self.student.dense(ids, keep if watched else None), step, self.student)
-        softness = Softness(*self.objective.softness(self._progress()))
+        softness = Softness(*self.objective.softness(self._progress()), self.objective.balanced)
         logits = self.student.sparse(ids, step, softness, compare if watched else None)
         loss = mean_kl(_scored(logits, step, self.student), teacher, self.objective.temperature)
         self.log("train/kl", loss, batch_size=len(ids))
@@ -188,65 +210,16 @@ class StudentModule(PredictorModule):
         if not bool(loss.isfinite()):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise ValueError(
-                f"the loss is {float(loss)} at step {self.global_step} with a rate of {rate:.2g}: "
-                "training has diverged; lower optimizer.lr (3e-4 suits dejavu, 5e-5 shadow), or "
-                "start from a trained predictor (init=<folder>)"
+                f"the loss is {float(loss.detach())} at step {self.global_step} with a rate of "
+                f"{rate:.2g}: training has diverged; lower optimizer.lr (begin with 3e-4 for "
+                "dejavu, 5e-5 for shadow), or start from a trained predictor (init=<folder>)"
             )
-
-
-class Imitation:
-    """``on_policy``: a row objective on what the sparse host computes before its masks.
-
-    Args:
-        student: runs the host.
-        objective: of rows.
-        criterion: makes the targets; one that needs no gradient.
-        density: kind -> kept fraction of the labels.
-    """
-
-    def __init__(
-        self,
-        student: Student,
-        objective: Objective,
-        criterion: Criterion,
-        density: Mapping[UnitKind, float],
-    ) -> None:
-        if criterion.needs_gradient:
-            raise ValueError(
-                f"objective.on_policy=true with criterion={criterion.name}: a sparse forward has "
-                "no gradient of the loss; use criterion=magnitude or l2norm, or objective=kl"
-            )
-        criterion.require("token")
-        self.student, self.objective, self.criterion = student, objective, criterion
-        self.density = density
-        self._losses: dict[UnitKind, list[Tensor]] = {}
-        self._weights: dict[int, LayerWeights] = {}
-        if criterion.needs_weights:
-            spec = student.spec
-            self._weights = {i: layer_weights(student.model, spec, i) for i in range(spec.L)}
-
-    def __call__(self, ids: Tensor, step: Step) -> Tensor:
-        """Sum over kinds of the mean loss of their masked layers, on ids (B, T)."""
-        self._losses = {kind: [] for kind in KINDS}
-        self.student.sparse(ids, step, visit=self._visit)
-        means = [torch.stack(found).mean() for found in self._losses.values() if found]
-        return torch.stack(means).sum()
-
-    def _visit(
-        self, kind: UnitKind, layer: int, scores: Tensor, units: Tensor, sparse: Tensor
-    ) -> None:
-        with torch.no_grad():
-            score = self.criterion.heads if kind == "heads" else self.criterion.neurons
-            truth = score(units, None, self._weights.get(layer))
-            if scores.shape[1] == 1 < truth.shape[1]:  # one decision for the whole continuation
-                truth = (truth * sparse[..., None]).sum(1, keepdim=True)
-                sparse = sparse.any(1, keepdim=True)
-            labels = self.objective.needs == "labels"
-            target = top_k(truth, self.density[kind]) if labels else truth
-        loss = partial(self.objective.loss, scores[sparse][:, None])
-        self._losses[kind].append(loss(target[sparse][:, None]))
 
 
 def _scored(values: Tensor, step: Step, student: Student) -> Tensor:
     """Values (B, T, …) at the sparse positions, (M, …)."""
     return values.flatten(0, 1) if student.protocol == "all" else values[step.sparse]
+
+
+def _rounded(found: Mapping[str, Any]) -> dict[str, float]:
+    return {key: round(found[key], 5) for key in KEYS}

@@ -146,7 +146,7 @@ def poison(model, taken: dict) -> None:
     spec = describe(model)
     with torch.no_grad():
         for (kind, layer), keeps in taken.items():
-            where, keep = spec.layers[layer], keeps[-1][0, -1]
+            where, keep = spec.layers[layer], keeps[-1][:, -1].any(0)
             rows = keep.repeat_interleave(spec.d) if kind == "heads" else keep
             paths = (where.q,) if kind == "heads" else (where.up, where.gate)
             for linear in (model.get_submodule(p) for p in paths if p):
@@ -158,26 +158,31 @@ def poison(model, taken: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "backend"),
+    ("name", "family", "backend", "batch"),
     [
-        *[(n, "llama", "torch") for n in ("static", "shadow", "dejavu", "random")],
-        *[(n, "opt", "torch") for n in ("static", "shadow", "shadow-prompt")],
-        *[("shadow", f, "torch") for f in ("gemma2", "qwen2", "qwen3")],
-        ("shadow", "llama", "triton"),
-        ("shadow-prompt", "opt", "triton"),
+        *[(n, "llama", "torch", 1) for n in ("static", "shadow", "dejavu", "random")],
+        *[(n, "opt", "torch", 1) for n in ("static", "shadow", "shadow-prompt")],
+        *[("shadow", f, "torch", 1) for f in ("gemma2", "qwen2", "qwen3")],
+        *[(n, "llama", "torch", b) for n in ("shadow", "shadow-prompt") for b in (2, 4)],
+        *[("shadow-shared", "opt", "torch", b) for b in (8, 24)],
+        ("shadow", "llama", "triton", 1),
+        ("shadow-prompt", "opt", "triton", 1),
+        ("shadow", "llama", "triton", 4),
+        ("shadow-shared", "llama", "triton", 8),
     ],
 )
-def test_unselected_weights_are_not_read(name: str, family: str, backend: str) -> None:
+def test_unselected_weights_are_not_read(name: str, family: str, backend: str, batch: int) -> None:
     """Rule 2: after the decision unselected units' weights, on both sides, may be anything."""
     model, _ = tiny_host(family)
-    policy, (prompt, token, *_) = POLICIES[name](model, HALF), text()
+    policy, (prompt, token, *_) = POLICIES[name](model, HALF), text(batch)
     with torch.no_grad(), gnomon.sparsify(model, policy, backend=backend) as session:
         taken: dict = defaultdict(list)
         session.on_decision = lambda kind, layer, keep, _: taken[kind, layer].append(keep.clone())
         cache = model(prompt, use_cache=True).past_key_values
         again = copy.deepcopy(cache)
         if policy.refresh == "prompt":  # the decision belongs to the cache it was made with
-            session._prompts._by_cache[again] = dict(session._prompts._by_cache[cache])
+            held = session._decisions.prompts._by_cache
+            held[again] = dict(held[cache])
         clean = model(token, past_key_values=cache).logits
         poison(model, taken)
         poisoned = model(token, past_key_values=again).logits

@@ -20,6 +20,7 @@ from gnomon.engine.engine import Engine
 from gnomon.engine.sampling import Sampling, next_token
 from gnomon.engine.support import UnsupportedPolicyError, bucket
 from gnomon.engine.text import GrowingText
+from gnomon.host import KINDS
 from gnomon.policies.base import Policy
 from gnomon.runtime import generate as module
 from gnomon.tiny import byte_tokenizer, tiny_host
@@ -102,6 +103,67 @@ def test_triton_agrees_with_the_mask(name: str, device: torch.device) -> None:
     with Engine(model, POLICIES[name](model, HALF), backend="triton", context=32) as engine:
         found = agree(engine, model, engine.policy, ids_of(length=6).to(device), 3)
     assert_same(found, 1e-4 if device.type == "cuda" else TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "backend"),
+    [
+        *(("random", rows, "torch") for rows in (2, 4, 8, 24)),
+        *(("shadow", rows, "torch") for rows in (1, 2, 8)),
+        *((name, 8, "torch") for name in ("shadow-shared", "shadow-prompt", "dejavu", "static")),
+        *((name, 4, "triton") for name in ("random", "shadow-shared")),
+        ("shadow", 8, "triton"),
+    ],
+)
+def test_what_no_sequence_keeps_is_not_read(
+    name: str, rows: int, backend: str, device: torch.device
+) -> None:
+    """Rule 2 in batches: after the decision, weights that no sequence keeps may be anything."""
+    model, _ = tiny_host("llama", num_hidden_layers=2, intermediate_size=192)
+    density = 0.6 if "shadow" in name else 0.25  # a shadow keeps its source layer whole
+    policy = POLICIES[name](model.to(device), Budget(density=density))
+    ids = ids_of(rows).to(device)
+    with Engine(model, policy, batch=rows, backend=backend, context=32) as engine:
+        engine.prefill(ids)
+        expected = engine.step(ids[:, -1]).clone()
+        assert forget_unselected(engine) > 0
+        engine._cache.position.sub_(1)  # type: ignore[union-attr]
+        again = engine.step(ids[:, -1])
+    assert bool(expected.isfinite().all()) and torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("name", ["shadow", "random", "shadow-prompt", "static"])
+def test_debug_checks_see_nothing_in_a_right_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """On a GPU the captured steps carry the checks."""
+    monkeypatch.setenv("GNOMON_DEBUG", "1")
+    model, _ = tiny_host("llama")
+    policy = POLICIES[name](model.to(device), HALF)
+    with Engine(model, policy, batch=3, context=32) as engine:
+        found = agree(engine, model, policy, ids_of(3).to(device), 4)
+    assert_same(found, 1e-4 if device.type == "cuda" else TOLERANCE[torch.float32])
+
+
+def forget_unselected(engine: Engine) -> int:
+    """Weights of units that no sequence kept in the last step become NaN; how many units."""
+    forgotten = 0
+    for layer, w in enumerate(engine.weights.layers):
+        for kind in KINDS:
+            found = engine.active(kind, layer)
+            if found is None:
+                continue
+            left = torch.ones(engine.spec.units(kind), dtype=torch.bool, device=engine.device)
+            left[found.index.flatten().long()] = False
+            forgotten += int(left.sum())
+            rows = left.repeat_interleave(engine.spec.d) if kind == "heads" else left
+            q = w.kvq.weight[2 * engine.spec.G * engine.spec.d :]
+            heads = kind == "heads"
+            for weight in (q, w.out_t.weight) if heads else (w.up.weight, w.down_t.weight):
+                weight[rows] = torch.nan
+            if not heads and w.gate is not None:
+                w.gate.weight[rows] = torch.nan
+    return forgotten
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

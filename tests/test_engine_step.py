@@ -86,14 +86,15 @@ def host(family: str, **overrides: Any) -> tuple[PreTrainedModel, HostSpec]:
 
 
 def draw(spec: HostSpec, rows: int, generator: torch.Generator) -> tuple[Any, Any]:
-    """Random active sets: as masks (R, N), and as lists."""
+    """Random active sets: as masks (R, N), and as lists. A quarter of the units no row keeps."""
     masks: dict[tuple[UnitKind, int], Tensor] = {}
     sets: dict[tuple[UnitKind, int], Active] = {}
     for kind in KINDS:
         n, k = spec.units(kind), spec.units(kind) // 2
         for layer in range(spec.L):
-            order = [torch.randperm(n, generator=generator)[:k] for _ in range(rows)]
-            index = torch.stack(order).int()
+            pool = torch.randperm(n, generator=generator)[: n - n // 4]
+            order = [torch.randperm(len(pool), generator=generator)[:k] for _ in range(rows)]
+            index = pool[torch.stack(order)].int()
             masks[kind, layer] = torch.zeros(rows, n, dtype=torch.bool).scatter(
                 1, index.long(), True
             )
@@ -101,7 +102,9 @@ def draw(spec: HostSpec, rows: int, generator: torch.Generator) -> tuple[Any, An
             slot = torch.full((rows, n), -1, dtype=torch.int32).scatter(1, index.long(), places)
             groups = torch.arange(2 * spec.G, dtype=torch.int32).repeat(rows, 1)
             kvq = torch.cat([groups, index + 2 * spec.G], 1) if kind == "heads" else None
-            sets[kind, layer] = Active(index, None, slot, kvq)
+            crowded = rows > 1 and (kind == "heads" or rows * k > n)
+            wanted = (slot >= 0).any(0) if crowded else None
+            sets[kind, layer] = Active(index, None, slot, kvq, wanted=wanted)
     return masks, sets
 
 
@@ -168,33 +171,48 @@ def test_dense_step_is_the_host(family: str, overrides: dict[str, Any]) -> None:
     assert all(p.is_contiguous() for p in model.parameters())
 
 
-@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "own"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sparse_step_is_the_mask(family: str, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "batch", "own"),
+    [
+        *((family, 2, own) for family in FAMILIES for own in (False, True)),
+        *((family, batch, True) for family in ("llama", "opt") for batch in (4, 8, 24)),
+    ],
+)
+def test_sparse_step_is_the_mask(family: str, batch: int, own: bool) -> None:
+    """With one set for all sequences or a set each; what none of them keeps may be anything."""
     model, spec = host(family)
-    ids = torch.randint(0, 256, (2, PROMPT + STEPS))
-    masks, sets = draw(spec, rows, torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 256, (batch, PROMPT + STEPS))
+    masks, sets = draw(spec, batch if own else 1, torch.Generator().manual_seed(1))
     past, expected = masked(model, spec, masks, ids)
     with laid_out(model, spec) as weights:
-        if rows == 1:
-            _forget_unselected(weights, spec, masks)
+        _forget_unselected(weights, spec, masks)
         y = run(model, spec, weights, past, ids, Fixed(sets))
     assert relative_rms(y, expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("opt", 1), ("gemma3_text", 2)])
-def test_triton_step_is_the_torch_step(family: str, rows: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("family", "batch", "rows"),
+    [
+        *(("llama", 2, 1), ("opt", 2, 1), ("gemma3_text", 2, 2), ("llama", 8, 1)),
+        *(("llama", 4, 4), ("opt", 4, 4), ("llama", 8, 8), ("opt", 24, 24)),
+    ],
+)
+def test_triton_step_is_the_torch_step(
+    family: str, batch: int, rows: int, device: torch.device
+) -> None:
     model, spec = host(family, num_hidden_layers=2)
     model.to(device)
-    ids = torch.randint(0, 256, (2, PROMPT + STEPS), device=device)
-    _, sets = draw(spec, rows, torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 256, (batch, PROMPT + STEPS), device=device)
+    masks, sets = draw(spec, rows, torch.Generator().manual_seed(1))
     chosen = Fixed({key: _to(active, device) for key, active in sets.items()})
     with torch.no_grad():
         past = model(ids[:, :PROMPT], use_cache=True).past_key_values
     with laid_out(model, spec) as weights:
-        for decider in (chosen, KeepAll()):
+        for decider in (KeepAll(), chosen) if batch == 2 else (chosen,):
+            if decider is chosen:
+                _forget_unselected(weights, spec, masks)
             a, b = (
-                run(model, spec, weights, past, ids, decider, name, steps=2)
+                run(model, spec, weights, past, ids, decider, name, steps=2 if batch == 2 else 1)
                 for name in ("torch", "triton")
             )
             assert relative_rms(b, a) < TOLERANCE[torch.float32]
@@ -376,16 +394,22 @@ def _of_groups(spec: HostSpec, groups: list[int], drop: bool) -> Active:
 
 def _forget_unselected(weights: StepWeights, spec: HostSpec, masks: Any) -> None:
     for layer, w in enumerate(weights.layers):
-        heads, neurons = masks["heads", layer][0], masks["neurons", layer][0]
+        device = w.up.weight.device
+        heads, neurons = (masks[kind, layer].any(0).to(device) for kind in KINDS)
         for matrix in (w.up, w.gate, w.down_t):
             if matrix is not None:
                 matrix.weight[~neurons] = torch.nan
+        for bias in (w.up_bias, w.gate_bias):
+            if bias is not None:
+                bias[~neurons] = torch.nan
+        if w.kvq_bias is not None:
+            w.kvq_bias.view(-1, spec.d)[2 * spec.G :][~heads] = torch.nan
         w.kvq.weight.unflatten(0, (-1, spec.d))[2 * spec.G :][~heads] = torch.nan
         w.out_t.weight.unflatten(0, (-1, spec.d))[~heads] = torch.nan
 
 
 def _to(active: Active, device: torch.device) -> Active:
-    fields = {name: getattr(active, name) for name in ("index", "count", "slot", "kvq")}
+    fields = {name: getattr(active, name) for name in ("index", "count", "slot", "kvq", "wanted")}
     return Active(**{k: v.to(device) if v is not None else None for k, v in fields.items()})
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from gnomon.data.codes import top_k
-from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking, minmax, objective, total_loss
+from gnomon.predictors.objectives import (
+    Bce,
+    Kl,
+    Mse,
+    Objective,
+    Ranking,
+    minmax,
+    objective,
+    total_loss,
+)
 
 
 def test_bce_weighs_negatives_by_the_positive_rate() -> None:
@@ -61,7 +70,7 @@ def test_ranking_of_odd_labels() -> None:
         Ranking().loss(z, torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]]).bool())
 
 
-@pytest.mark.parametrize("chosen", [Mse(), Bce(), Ranking()], ids=lambda o: o.name)
+@pytest.mark.parametrize("chosen", [Mse(), Bce(), Ranking(), Kl()], ids=lambda o: o.name)
 def test_training_starts_at_the_fixed_choice(chosen: Objective) -> None:
     means = torch.rand(3, 16) + 0.1
     bias = chosen.bias(means, 0.5)
@@ -73,7 +82,31 @@ def test_training_starts_at_the_fixed_choice(chosen: Objective) -> None:
 
 def test_missing_rows_and_names_are_named() -> None:
     with pytest.raises(ValueError, match="known are mse, bce, ranking, kl"):
-        objective("hinge")
+        objective("rank")
     assert objective("mse").needs == "scores"
     with pytest.raises(ValueError, match="bce needs labels"):
         total_loss(Bce(), {}, {"heads": torch.zeros(1)}, {"heads": 0, "neurons": 0})
+
+
+def test_kl_anneals_its_mask() -> None:
+    chosen = Kl(mask_temperature=1.0, final_mask_temperature=0.25, relaxed=0.5)
+    assert chosen.softness(0.0) == (1.0, 0.0)
+    assert chosen.softness(0.25) == pytest.approx((0.25**0.25, 0.5))
+    assert chosen.softness(1.0) == (0.25, 1.0)
+    assert Kl().softness(0.0) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 0}, {"mask_temperature": -1.0}, {"relaxed": 1.5}, {"layers_weight": -1.0}],
+    ids=lambda f: next(iter(f)),
+)
+def test_kl_names_a_bad_field(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"objective.{next(iter(fields))}="):
+        Kl(**fields)
+
+
+def test_what_runs_the_host_is_judged_by_its_divergence() -> None:
+    assert Bce().monitor == Mse().monitor == ("val/recall", "max")
+    assert Kl().monitor == Bce(on_policy=True).monitor == ("val/kl", "min")
+    assert Bce(on_policy=True).label == "bce, on policy" and Kl().label == "kl"

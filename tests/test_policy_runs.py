@@ -101,6 +101,21 @@ def test_shadowllm_as_published_runs(root: Path, tmp_path: Path) -> None:
     assert found["quality"]["texts"]["synthetic"]["tokens"] == 5 * 47
 
 
+def test_a_sparse_prefill_is_recorded_and_scored_where_a_dense_one_is(
+    root: Path, tmp_path: Path
+) -> None:
+    runs = [
+        evaluate(settings(root, "static", f"policy.prefill={prefill}"), tmp_path / prefill, "x")
+        for prefill in ("dense", "sparse")
+    ]
+    dense, sparse = (run.results for run in runs)
+    assert [r["policy"]["params"]["prefill"] for r in (dense, sparse)] == ["dense", "sparse"]
+    a, b = (r["quality"]["texts"]["synthetic"] for r in (dense, sparse))
+    assert a["tokens"] == b["tokens"] and a["ppl_dense"] == b["ppl_dense"]
+    assert a["ppl_sparse"] != b["ppl_sparse"]
+    assert dense["density"]["neurons"] == sparse["density"]["neurons"]
+
+
 def test_policies_inside_are_recorded_and_told_apart(root: Path, tmp_path: Path) -> None:
     one = evaluate(settings(root, "core"), tmp_path / "one", "x").results
     inner = one["policy"]["params"]["inner"]
@@ -121,6 +136,8 @@ def test_policies_inside_are_recorded_and_told_apart(root: Path, tmp_path: Path)
         ("skip_sublayers", ["policy.params.layers=[9]"], r"layers=\[9\]: host tiny-llama-0"),
         ("griffin", ["budget.heads=0.5"], r"budget\.heads=0\.5: policy=griffin"),
         ("chess", ["host.family=opt", "policy.predictor=auto"], "no calibration for host"),
+        ("shadow", ["policy.prefill=sparse"], "policy=shadow with refresh=token decides from the"),
+        ("cats", ["policy.prefill=sparse"], "policy=cats with refresh=token decides from the"),
         ("griffin", ["protocol=all"], "protocol='all' has no prompt"),
         ("random", ["protocol=published"], "cannot generate; set it to 0"),
     ],

@@ -12,7 +12,14 @@ import torch
 
 import gnomon
 from gnomon.host import KINDS, HostSpec, Tap
-from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow, find_predictor
+from gnomon.predictors import (
+    DejaVu,
+    Predictor,
+    PredictorInfo,
+    Shadow,
+    Static,
+    find_predictor,
+)
 from gnomon.predictors.folder import load_predictor
 from gnomon.tiny import tiny_host
 
@@ -23,6 +30,7 @@ CASES: list[tuple[type[Any], dict[str, Any]]] = [
     (DejaVu, {"rank": 8}),
     (DejaVu, {"rank": 8, "lookahead": 1, "heads_site": "ffn_input", "activation": True}),
     (DejaVu, {"rank": 8, "heads_site": "attn_input", "neurons_site": "attn_input"}),
+    (Static, {}),
 ]
 IDS = [f"{cls.name}-{i}" for i, (cls, _) in enumerate(CASES)]
 
@@ -169,7 +177,7 @@ def test_damaged_folders_are_refused(spec: HostSpec, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="outputs.heads.q.*rank"):
         load_predictor(written(params=config["params"] | {"rank": 9}))
-    with pytest.raises(ValueError, match="known are calibration, dejavu, shadow"):
+    with pytest.raises(ValueError, match="known are calibration, dejavu, shadow, static"):
         load_predictor(written(**{"class": "oracle"}))
     with pytest.raises(ValueError, match="params do not fit"):
         load_predictor(written(params={"L": 3}))

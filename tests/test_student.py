@@ -11,9 +11,11 @@ from torch import Tensor
 import gnomon
 from cases import predictor
 from gnomon.budget import Budget
-from gnomon.host import Tap, describe
+from gnomon.host import KINDS, Tap, describe
 from gnomon.policies import build_policy
-from gnomon.runtime.student import Student
+from gnomon.predictors import divergence
+from gnomon.predictors.divergence import Divergence, mean_kl
+from gnomon.runtime.student import Softness, Student
 from gnomon.tiny import tiny_host
 
 HALF = Budget(density=0.5)
@@ -81,3 +83,151 @@ def test_every_budget_and_tap_has_the_logits_of_sparsify(
     made = student(kind, budget, params=params)
     trained, used = both_logits(made, ids_of(), None)
     torch.testing.assert_close(trained, used, rtol=1e-5, atol=1e-5)
+
+
+def gradients(made: Student) -> dict[str, bool]:
+    """Which parameters of the predictor a loss on the sparse logits reaches."""
+    ids = ids_of()
+    logits = made.sparse(ids, made.step(ids))
+    logits.float().log_softmax(-1)[..., 0].sum().backward()
+    return {
+        name: p.grad is not None and bool(p.grad.abs().sum() > 0)
+        for name, p in made.predictor.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("kind", ["shadow", "dejavu"])
+def test_gradients_reach_the_predictor_and_not_the_host(kind: str) -> None:
+    made = student(kind)
+    before = {name: p.clone() for name, p in made.model.state_dict().items()}
+    assert all(gradients(made).values())
+    assert all(p.grad is None and p.requires_grad for p in made.model.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in made.model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in made.model.modules())
+
+
+def test_a_kind_that_is_kept_whole_has_no_gradient() -> None:
+    made = student("dejavu", Budget(neurons=0.5))
+    found = gradients(made)
+    assert not any(reached for name, reached in found.items() if "heads" in name)
+    assert all(reached for name, reached in found.items() if "neurons" in name)
+    whole = [p for n, p in made.predictor.named_parameters() if "heads" in n]
+    assert whole and not any(p.requires_grad for p in whole)
+
+
+def test_the_gradient_is_that_of_the_sigmoid_times_what_the_unit_does() -> None:
+    """One layer masked: dL/ds = soft'(s) · Σ h·dL/dh, dropped units included."""
+    made = student("dejavu", Budget(neurons=0.5))
+    made.masked = [("neurons", 2)]
+    ids, held = ids_of(1, 6), {}
+    down = made.model.get_submodule(made.spec.layers[2].down)
+
+    def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
+        held["units"], held["scores"] = units, scores
+
+    step = made.step(ids)
+    with torch.no_grad():
+        made.sparse(ids, step, visit=visit)
+    logits, bias = made.sparse(ids, step, Softness(2.0)), made.predictor.outputs["neurons"].bias
+    assert bias is not None
+    (got,) = torch.autograd.grad(logits.square().sum(), bias)
+    scores, units = held["scores"], held["units"]
+    cut = scores.topk(made.policy.counts["neurons"][2], -1).values[..., -1:]
+    soft, free = ((scores - cut) / 2.0).sigmoid(), (scores >= cut).float().requires_grad_()
+    handle = down.register_forward_pre_hook(lambda *_: (units * free,))
+    (by_mask,) = torch.autograd.grad(made.model(ids).logits.square().sum(), free)
+    handle.remove()
+    wanted = (by_mask * soft * (1 - soft) / 2.0).sum((0, 1))
+    torch.testing.assert_close(got[2], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_softness_mixes_the_forward_and_balance_keeps_the_mass() -> None:
+    made = student("shadow")
+    ids = ids_of()
+    step = made.step(ids)
+    hard, soft = made.sparse(ids, step), made.sparse(ids, step, Softness(hardness=0.0))
+    assert not torch.allclose(hard, soft, atol=1e-2)
+    cold = made.sparse(ids, step, Softness(temperature=1e-4, hardness=0.0))
+    assert (cold - hard).norm() < (soft - hard).norm()  # but for the threshold's own unit, at 0.5
+    balanced = made.sparse(ids, step, Softness(balanced=True))
+    torch.testing.assert_close(balanced, hard)
+    scores = torch.randn(2, 9, requires_grad=True)
+    cut = scores.detach().topk(4).values[..., -1:]
+    total = Softness(balanced=True).of(scores, cut).sum(-1)
+    (gradient,) = torch.autograd.grad(total.sum(), scores)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
+
+
+def test_visits_see_units_before_their_mask_and_train_scores_alone() -> None:
+    made = student("dejavu", BOTH)
+    seen: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
+        seen[kind, layer] = scores, units
+        assert bool(sparse.all()) and scores.requires_grad and not units.requires_grad
+
+    ids = ids_of()
+    logits = made.sparse(ids, made.step(ids), visit=visit)
+    assert not logits.requires_grad and torch.equal(logits, made.sparse(ids, made.step(ids)))
+    assert set(seen) == {(kind, layer) for kind in KINDS for layer in range(made.spec.L)}
+    assert seen["heads", 1][1].shape == (3, 14, 4, 8) and (seen["neurons", 1][1] != 0).all()
+
+
+def test_decisions_are_fp32_under_autocast() -> None:
+    made, ids, seen = student("dejavu", BOTH), ids_of(), []
+
+    def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
+        seen.append((scores.dtype, units.dtype))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made.sparse(ids, made.step(ids), visit=visit)
+        logits = made.sparse(ids, made.step(ids))
+    assert {scores for scores, _ in seen} == {torch.float32}
+    assert torch.bfloat16 in {units for _, units in seen} and logits.dtype == torch.bfloat16
+    assert bool(logits.isfinite().all()) and logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "how", "message"),
+    [
+        ("shadow", Budget(density=1.0), {}, "nothing to learn"),
+        ("shadow", HALF, {"refresh": "prompt"}, "student.protocol=decode"),
+        ("shadow", HALF, {"protocol": "published"}, "use all or decode"),
+        ("dejavu", Budget(density=0.5, spread="global"), {}, "student.spread=layer"),
+    ],
+    ids=["whole", "prompt-all", "published", "dejavu-global"],
+)
+def test_what_cannot_be_trained_is_refused(
+    kind: str, budget: Budget, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        student(kind, budget, **how)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_in_chunks_is_kl(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "CHUNK", 3)
+    own, wanted = torch.randn(10, 7, requires_grad=True), torch.randn(10, 7)
+    log_own, log_wanted = ((x / temperature).log_softmax(-1) for x in (own, wanted))
+    expected = (log_wanted.exp() * (log_wanted - log_own)).sum(-1).mean() * temperature**2
+    found = mean_kl(own, wanted, temperature)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(3 * x, own)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_divergence_sums_kl_and_both_perplexities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "CHUNK", 4)
+    sparse, dense = torch.randn(10, 7), torch.randn(10, 7)
+    targets = torch.randint(0, 7, (10,))
+    targets[3] = -100
+    total = Divergence(torch.device("cpu"))
+    total.update(sparse[:6], dense[:6], targets[:6])
+    total.update(sparse[6:], dense[6:], targets[6:])
+    found = total.compute()
+    ce = [torch.nn.functional.cross_entropy(x, targets) for x in (sparse, dense)]
+    assert found["ppl_sparse"] == pytest.approx(float(ce[0].exp()), rel=1e-5)
+    assert found["ppl_dense"] == pytest.approx(float(ce[1].exp()), rel=1e-5)
+    assert found["ppl_ratio"] == pytest.approx(float((ce[0] - ce[1]).exp()), rel=1e-5)
+    assert found["kl"] == pytest.approx(float(mean_kl(sparse, dense)), rel=1e-5)
+    assert found["positions"] == 10

@@ -152,8 +152,64 @@ def test_bad_input_is_refused_before_the_harvest(
 def test_impossible_predictors_are_named_by_their_field(tmp_path: Path) -> None:
     with pytest.raises((ValueError, InstantiationException), match="leaves no layer"):
         train.main(configure(tmp_path, *SMALL, "predictor.tap.layer=7"))
-    with pytest.raises(ConfigCompositionException, match=r"(?s)objective/kl.*bce.*mse"):
-        configure(tmp_path, *SMALL, "objective=kl")
+    with pytest.raises(ConfigCompositionException, match=r"(?s)objective/rank.*bce.*mse"):
+        configure(tmp_path, *SMALL, "objective=rank")
+
+
+KL = ["objective=kl", "student.blocks=2", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+
+
+def test_train_py_goes_from_bce_to_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(configure(tmp_path, *SMALL))
+    first = last_line(capsys)
+    train.main(configure(tmp_path, *SMALL, *KL, f"init={first}", "harvest.means_tokens=128"))
+    out = capsys.readouterr().out
+    folder = Path(out.strip().splitlines()[-1])
+    config = json.loads((folder / "config.json").read_text())
+    assert "sparse host: KL" in out and "perplexity ratio" in (folder / "README.md").read_text()
+    assert config["objective"] == "kl" and config["metrics"]["init"]["objective"] == "bce"
+    assert config["metrics"]["student"]["float"].keys() > {"kl", "ppl_ratio"}
+    means = [gnomon.load_predictor(f).means["neurons"] for f in (first, folder)]
+    assert torch.equal(*means)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "monitor"),
+    [
+        ([], ("val/recall", "max")),
+        (["objective=kl"], ("val/kl", "min")),
+        (["objective.on_policy=true"], ("val/kl", "min")),
+        (["objective=kl", "callbacks.checkpoint.monitor=val/recall"], ("val/recall", "max")),
+    ],
+    ids=["bce", "kl", "on-policy", "chosen"],
+)
+def test_the_checkpoint_follows_the_objective(
+    overrides: list[str], monitor: tuple[str, str], tmp_path: Path
+) -> None:
+    cfg = configure(tmp_path, *SMALL, *overrides)
+    trainer = train.make_trainer(cfg, tmp_path, instantiate(cfg.objective))
+    (saved,) = trainer.checkpoint_callbacks
+    assert (saved.monitor, saved.mode) == monitor  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("raw_errors")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*KL, "harvest.mode=store"], r"harvest\.mode=store.*harvest\.mode=online"),
+        (["objective.on_policy=true", "criterion=magnitude"], r"harvest\.mode=store.*=online"),
+        (["objective.on_policy=true"], "criterion=plainact.*criterion=magnitude"),
+        ([*KL, "density.heads=1", "density.neurons=1"], "nothing to learn"),
+        ([*KL, "student.blocks=100"], "student.blocks=100"),
+        ([*KL, "student.refresh=prompt"], "student.protocol=decode"),
+    ],
+    ids=["store", "on-policy-store", "criterion", "whole", "blocks", "prompt-all"],
+)
+def test_train_py_names_what_does_not_fit(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.main(configure(tmp_path, *SMALL, *overrides))
 
 
 GROUPS = ("predictor", "objective", "trainer", "logger")

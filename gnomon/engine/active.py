@@ -27,6 +27,9 @@ class Active:
             None for all.
         early: the list was complete before the launch that precedes its first use.
         compacted: the weights in use hold the kept rows alone, in the list's order.
+        wanted: (N,) bool units that any sequence keeps: one pass over the whole weights reads
+            these, where R lists together would read more, and of heads wherever R > 1. None where
+            lists are followed.
     """
 
     index: Tensor
@@ -38,11 +41,7 @@ class Active:
     kv_slot: Tensor | None = None
     early: bool = False
     compacted: bool = False
-
-    @property
-    def listed(self) -> bool:
-        """Whether one list for the whole batch is followed in place."""
-        return self.index.shape[0] == 1 and not self.compacted
+    wanted: Tensor | None = None
 
 
 class Decider(Protocol):

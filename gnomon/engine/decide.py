@@ -267,7 +267,7 @@ def _rows(kind: UnitKind, active: Active) -> Tensor:
     return index[0].long()
 
 
-_TENSORS = ("index", "count", "slot", "kvq", "kvq_count", "kv_slot")
+_TENSORS = ("index", "count", "slot", "kvq", "kvq_count", "kv_slot", "wanted")
 
 
 def _sizes(sets: dict[Key, Active]) -> Any:

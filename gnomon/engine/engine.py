@@ -1,4 +1,4 @@
-"""The decode engine: dense prefill, then one sparse step per token, in a CUDA graph on a GPU."""
+"""The decode engine: prefill, then one sparse step per token, in a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gnomon.engine.lists import Lists
 from gnomon.engine.loop import Loop
 from gnomon.engine.prompt import Prompt, run_prefix, seen_at_end
 from gnomon.engine.sampling import GREEDY, Sampling
+from gnomon.engine.sparse_prefix import compacted_linears
 from gnomon.engine.step import decode_step
 from gnomon.engine.support import (
     bucket,
@@ -43,9 +44,9 @@ class Engine:
     """Decodes a batch of sequences through a policy.
 
     Position P-1 is the first sparse one: :meth:`prefill` runs all prompt tokens but the last
-    through the host itself. While the engine is open the host's parameters are laid out for the
-    kernels, with the very same values; :meth:`close` (or leaving the context) puts its own layout
-    back.
+    through the host itself (on the compacted weights of a policy with ``prefill=sparse``). While
+    the engine is open the host's parameters are laid out for the kernels, with the very same
+    values; :meth:`close` (or leaving the context) puts its own layout back.
 
     Args:
         model: the host.
@@ -115,7 +116,7 @@ class Engine:
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
     ) -> None:
-        """Starts a batch of sequences: dense prefill, and the decisions that hold for all of it.
+        """Starts a batch of sequences: prefill, and the decisions that hold for all of it.
 
         Args:
             input_ids: (B, P) prompts, padded on either side.
@@ -140,9 +141,14 @@ class Engine:
         transformed = nullcontext() if self.policy is None else self.policy.transform(self.model)
         with named_memory(self.batch, self.context), torch.no_grad(), transformed:
             cache = self._reserve(need)
-            past, states = run_prefix(self.model, self.spec, prompt, taps, statistic)
+            sparse = fixed is not None and fixed.policy.prefill == "sparse"
+            if fixed is not None and sparse:
+                self._decide(fixed, seen_at_end(fixed.policy, prompt, {}))
+            small = (self.model, self.spec, self._active_weights, self.decider.sets)
+            with compacted_linears(*small) if sparse else nullcontext():
+                past, states = run_prefix(self.model, self.spec, prompt, taps, statistic)
             cache.fill(past, prompt.lengths.int())
-            if fixed is not None:
+            if fixed is not None and not sparse:
                 self._decide(fixed, seen_at_end(fixed.policy, prompt, states, statistic))
         self._loop.start(prompt.last)
         self._used, self._written = cached, 0

@@ -70,11 +70,13 @@ class Lists:
 
     def _sets(self, kind: UnitKind, index: Tensor, count: Tensor, counted: bool) -> list[Active]:
         """index (layers, R, S), count (layers, R) -> one set per layer, built in few launches."""
-        layers, rows, _ = index.shape
-        slots = kvq = None
+        layers, rows, places = index.shape
+        slots = kvq = wanted = None
         if kind == "heads" or rows > 1:
             flat = self._slots(index.flatten(0, 1), count.flatten(), self.spec.units(kind))
             slots = flat.unflatten(0, (layers, rows))
+        if slots is not None and rows > 1 and (kind == "heads" or rows * places > self.spec.F):
+            wanted = (slots >= 0).any(1)
         if kind == "heads" and rows == 1:
             kvq = self._with_kv(index)
         wide = count + 2 * self.spec.G if kvq is not None and counted else None
@@ -85,6 +87,7 @@ class Lists:
                 index[i, :, :0] if slots is None else slots[i],  # no step reads it
                 None if kvq is None else kvq[i],
                 None if wide is None else wide[i],
+                wanted=None if wanted is None else wanted[i],
             )
             for i in range(layers)
         ]

@@ -1,4 +1,4 @@
-"""Dense prefill: the host's own forward over all prompt tokens but the last."""
+"""Prefill: the host's own forward over all prompt tokens but the last."""
 
 from __future__ import annotations
 

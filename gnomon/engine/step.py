@@ -104,37 +104,40 @@ class _Step:
     ) -> Tensor:
         """Normed x times the rows of a matrix: all, or the kept heads' with all k and v rows."""
         norms = (norm.weight, norm.bias, norm.kind, norm.eps, torch.float32)
-        if active is None:
+        lists = (None, None) if active is None else (active.kvq, active.kvq_count)
+        index, count, wanted = _followed(active, *lists)
+        if active is None or (index is None and wanted is None):
             return self.ops.row_gather(x, matrix.weight, None, 1, None, matrix.scale, bias, *norms)
-        index, count = _shared(active.kvq), active.kvq_count
-        lists = (index, self.spec.d, count, matrix.scale, bias)
-        return self.ops.row_gather(x, matrix.weight, *lists, *norms, active.early)
+        how = (index, self.spec.d, count, matrix.scale, bias, *norms, active.early, wanted)
+        return self.ops.row_gather(x, matrix.weight, *how)
 
     def attend(self, layer: int, x: Tensor, w: LayerWeights) -> Tensor:
         """The attention sublayer, residual added."""
         math, spec = self.math.layers[layer], self.spec
         self._see_normed("attn_input", layer, x, math.attn_norm)
         active = self.decider.active("heads", layer)
-        # Lists of several sequences would read most q rows anyway: then only K and V are skipped.
-        listed = active if active is not None and active.listed else None
-        kvq = self.rows(x, w.kvq, math.attn_norm, w.kvq_bias, listed)
+        kvq = self.rows(x, w.kvq, math.attn_norm, w.kvq_bias, active)
         groups = spec.G if active is None or active.groups is None else active.groups
         wide = groups * spec.d
         k, v, q = kvq[:, :wide], kvq[:, wide : 2 * wide], kvq[:, 2 * wide :]
         context = self._attention(layer, math, q, k, v, active)
         self._see_context(layer, context, active)
         post = _is(math.attn_post)
+        lists = (None, None) if active is None else (active.index, active.count)
+        index, count, wanted = _followed(active, *lists)
+        whole = index is None and wanted is None
         y = self.ops.column_gather(
             context,
             w.out_t.weight,
-            None if listed is None else _shared(listed.index),
-            1 if listed is None else spec.d,
-            None if listed is None else listed.count,
+            index,
+            1 if whole else spec.d,
+            count,
             w.out_t.scale,
             w.out_bias,
             None if post else x,
             torch.float32,
-            listed is not None,  # the list is older than the attention that ran in between
+            not whole,  # the list is older than the attention that ran in between
+            wanted,
         )
         return self._finish(y, x, math.attn_post, math.attn_after)
 
@@ -197,11 +200,8 @@ class _Step:
         norm = math.ffn_norm
         self._see_normed("ffn_input", layer, x, norm)
         active = self.decider.active("neurons", layer)
-        own = 1 if active is None else active.index.shape[0]
-        # A list per sequence reads B·S rows; beyond F the whole matrix is less.
-        masked = active is not None and own > 1 and own * active.index.shape[1] > self.spec.F
-        listed = None if active is None or masked or active.compacted else active
-        index, count = (None, None) if listed is None else (_shared(listed.index), listed.count)
+        lists = (None, None) if active is None else (active.index, active.count)
+        index, count, wanted = _followed(active, *lists)
         h = self.ops.ffn_up(
             x,
             w.up.weight,
@@ -217,10 +217,10 @@ class _Step:
             norm.bias,
             norm.kind,
             norm.eps,
-            listed is not None and listed.early,
+            active is not None and active.early,
+            wanted,
         )
-        if masked:
-            assert active is not None
+        if active is not None and wanted is not None:
             h = torch.where(active.slot >= 0, h, 0)
         y = self.ops.column_gather(
             h,
@@ -232,7 +232,8 @@ class _Step:
             w.down_bias,
             None if _is(math.ffn_post) else x,
             torch.float32,
-            listed is not None,
+            index is not None or wanted is not None,
+            wanted,
         )
         return self._finish(y, x, math.ffn_post, math.ffn_after)
 
@@ -247,6 +248,18 @@ class _Step:
 
 def _is(norm: Norm) -> bool:
     return norm.kind != "none"
+
+
+Followed = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _followed(active: Active | None, index: Tensor | None, count: Tensor | None) -> Followed:
+    """A list and its count, or the units that any sequence wants; nothing where all is read."""
+    if active is None or active.compacted:
+        return None, None, None
+    if active.wanted is not None:
+        return None, None, active.wanted
+    return _shared(index), count, None
 
 
 def _shared(index: Tensor | None) -> Tensor | None:

@@ -75,7 +75,8 @@ def check_brackets(names: Sequence[str], field: str = "measure.quality.brackets"
 
 def identity(policy: Policy, params: Mapping[str, Any], source: str = "") -> str:
     """What tells one policy from another: name, budget, settings, source of its scores."""
-    settings = [policy.refresh, policy.batch, policy.kv]
+    settings = [str(setting) for setting in (policy.refresh, policy.batch, policy.kv)]
+    settings += ["prefill"] if policy.prefill == "sparse" else []  # others are known by the three
     own = {"seed": getattr(policy, "seed", None)} | dict(params)  # a default said is a default
     facts = [policy.name, asdict(policy.budget), settings, own, source]
     return json.dumps(facts, sort_keys=True, default=str)

@@ -31,12 +31,19 @@ def markdown_by_bytes(rows: Sequence[Row]) -> str | None:
         columns += [
             (f"tasks {at:g}", _cell("acc_diff", None, at, "{:+.3f}".format)) for at in asked
         ]
-    lines = sorted((_line(name, rows) for name in {row["policy"] for row in rows}), key=_rank)
+    lines = sorted((_line(name, rows) for name in {_name(row, rows) for row in rows}), key=_rank)
     return "\n".join([*markdown_table(columns, lines), "", NOTE + ".", ""])
 
 
 def _line(name: str, rows: Sequence[Row]) -> Row:
-    return {"policy": name, "rows": [row for row in rows if row["policy"] == name]}
+    return {"policy": name, "rows": [row for row in rows if _name(row, rows) == name]}
+
+
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """The policy, with its predictor's objective where predictors of several were swept."""
+    objectives = {r.get("objective") for r in rows if r["policy"] == row["policy"]} - {None}
+    said = len(objectives) > 1 and "objective" in row
+    return f"{row['policy']} ({row['objective']})" if said else row["policy"]
 
 
 def _cell(

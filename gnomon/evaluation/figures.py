@@ -16,18 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from gnomon.evaluation.rows import BRACKETS, Row
+from gnomon.evaluation.figure_lines import legend, lines_of, panels, style, variant
+from gnomon.evaluation.rows import Row
 from gnomon.evaluation.tables import short, title
 
-# Okabe and Ito, then Tol: told apart with every common colour blindness; markers do without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#332288", "#882255", "#44AA99")
-_MARKERS = ("o", "s", "D", "v", "P", "X", "<")
-_BRACKETS = {
-    "oracle": ("#009E73", "^"),
-    "static": ("#B8860B", "d"),
-    "random": ("#777777", "x"),
-    "dense_int8": ("#000000", "*"),
-}
 _HEADROOM = 6.0  # how far above every other policy `random` may stretch the ratio's axis
 _TICKS = (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 3000, 10000)
 
@@ -49,12 +41,12 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
     rows = [row for row in rows if "ppl_ratio" in row]
     if not rows:
         raise ValueError("no result has a perplexity ratio to draw: add measure=[quality]")
-    panels = _panels(rows)
-    figure = Figure(figsize=(11, 0.9 + 3.9 * len(panels)), layout="constrained")
-    grid = figure.subplots(len(panels), 2, sharey="row", squeeze=False)
-    for pair, (name, part) in zip(grid, panels.items(), strict=True):
+    parts = panels(rows)
+    figure = Figure(figsize=(11, 0.9 + 3.9 * len(parts)), layout="constrained")
+    grid = figure.subplots(len(parts), 2, sharey="row", squeeze=False)
+    for pair, (name, part) in zip(grid, parts.items(), strict=True):
         _pair(pair[0], pair[1], part, name)
-    _legends(figure, list(_lines(rows)))
+    _legends(figure, list(lines_of(rows)))
     figure.suptitle(title(rows), fontsize=11)
     return save(figure, path)
 
@@ -62,7 +54,7 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
 def _pair(left: Axes, right: Axes, rows: Sequence[Row], name: str) -> None:
     """One protocol: against bytes on the left, against units on the right."""
     unit, unit_label = unit_axis(rows)
-    lines = _lines(rows)
+    lines = lines_of(rows)
     low, high = _range(rows)
     for axes, key in ((left, "byte_density"), (right, unit)):
         for line, points in lines.items():
@@ -80,7 +72,7 @@ def _legends(figure: Figure, names: list[str]) -> None:
     columns = min(5, len(names))
     figure.legend(
         [Line2D([], [], **style(name, names)) for name in names],
-        [_legend(name) for name in names],
+        [legend(name) for name in names],
         loc="outside lower center",
         ncols=columns,
         frameon=False,
@@ -131,62 +123,6 @@ def unit_axis(rows: Sequence[Row]) -> tuple[str, str]:
     ) == 1 else "neuron density"
 
 
-def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by what a line must not join: host, text and protocol, named where they differ."""
-    keys = [k for k in ("host", "text", "protocol") if len({str(r.get(k)) for r in rows}) > 1]
-    panels: dict[str, list[Row]] = {}
-    for row in rows:
-        name = ", ".join(f"{key} {row.get(key)}" for key in keys)
-        panels.setdefault(name, []).append(row)
-    return panels
-
-
-def _lines(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """Line name -> points in order of density; a point is the rows of all its seeds."""
-    keys = ("refresh", "batch", "kv")
-    grid = _is_grid(rows)
-    names = {row["policy"] for row in rows}
-    varying = {
-        name: [
-            k for k in keys if len({str(r[k]) for r in rows if r["policy"] == name and k in r}) > 1
-        ]
-        for name in names
-    }
-    lines: dict[str, dict[tuple[float, ...], list[Row]]] = {}
-    for row in rows:
-        extra = [str(row[key]) for key in varying[row["policy"]] if key in row]
-        if grid and row["policy"] != "dense_int8":
-            heads = row["target_heads"]
-            extra.append("heads dense" if heads == 1 else f"heads {heads:g}")
-        name = ", ".join([row["policy"], *extra])
-        target = (row.get("target_bytes", 0.0), row["target_heads"], row["target_neurons"])
-        lines.setdefault(name, {}).setdefault(target, []).append(row)
-    order = sorted(lines, key=_place)
-    return {name: [lines[name][t] for t in sorted(lines[name])] for name in order}
-
-
-def _is_grid(rows: Sequence[Row]) -> bool:
-    """Whether heads and neurons were swept against each other: then a line has one head density."""
-    if any("target_bytes" in row for row in rows):
-        return False
-    targets = {
-        (row["target_heads"], row["target_neurons"])
-        for row in rows
-        if row["policy"] not in ("dense", "dense_int8")
-    }
-    heads, neurons = {h for h, _ in targets}, {n for _, n in targets}
-    return len(heads) > 1 and len(neurons) > 1 and len(targets) > max(len(heads), len(neurons))
-
-
-def _place(line: str) -> tuple[int, str, str]:
-    """Policies first, `shadow` and `dejavu` leading so that their colours stay; then brackets."""
-    policy = line.split(",")[0]
-    known = ("shadow", "dejavu")
-    if policy in BRACKETS:
-        return 10 + (*BRACKETS[1:], BRACKETS[0]).index(policy), policy, line
-    return known.index(policy) if policy in known else len(known), policy, line
-
-
 def _draw(
     axes: Axes, name: str, points: list[list[Row]], key: str, high: float, names: list[str]
 ) -> None:
@@ -202,7 +138,7 @@ def _draw(
     for at, value, (low, top) in places:
         if value > high:
             axes.plot([at], [high], color=colour, marker=look["marker"], clip_on=False)
-            lift = 7 + 10 * _variant(name, names)
+            lift = 7 + 10 * variant(name, names)
             _note(axes, f"↑ {short(value)}", (at, high), (0, lift), colour, ha="center")
         elif top > low:
             edges = {"color": colour, "linewidth": 1.3, "alpha": 0.8}
@@ -238,40 +174,6 @@ def _whisker(rows: list[Row]) -> tuple[float, float]:
         values = [row["ppl_ratio"] for row in rows]
         return min(values), max(values)
     return rows[0].get("ci_low", 1.0), rows[0].get("ci_high", 1.0)
-
-
-def style(name: str, names: list[str]) -> dict[str, Any]:
-    """Colour and marker tell the policy, an open marker and thinner line its second variant."""
-    policy = name.split(",")[0]
-    if policy in _BRACKETS:
-        colour, marker = _BRACKETS[policy]
-        line = "none" if policy == "dense_int8" else "--"
-    else:
-        solid = list(
-            dict.fromkeys(n.split(",")[0] for n in names if n.split(",")[0] not in _BRACKETS)
-        )
-        index = solid.index(policy)
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        line = "-"
-    variant = _variant(name, names)
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": line,
-        "markersize": 13 if marker == "*" else 6.5,
-        "markerfacecolor": colour if variant == 0 else "white",
-        "linewidth": (1.6 if line == "--" else 2.2) / (1 + 0.5 * variant),
-        "alpha": 1.0 if variant < 2 else 0.6,
-    }
-
-
-def _variant(name: str, names: list[str]) -> int:
-    """Place of a line among those of its policy."""
-    return [n for n in names if n.split(",")[0] == name.split(",")[0]].index(name)
-
-
-def _legend(name: str) -> str:
-    return name.replace("dense_int8", "dense int8 (nothing skipped)")
 
 
 def _range(rows: Sequence[Row]) -> tuple[float, float]:

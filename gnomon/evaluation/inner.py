@@ -1,8 +1,8 @@
 """Policies inside policies, from their configs: ``policy.params.inner``.
 
-An inner config has the keys of a policy's own (``name refresh batch kv predictor params``), and may
-have a ``budget``; without one it takes the run's, and the policy around it must say by its own
-parameters what it does.
+An inner config has the keys of a policy's own (``name refresh batch kv prefill predictor
+params``), and may have a ``budget``; without one it takes the run's, and the policy around it must
+say by its own parameters what it does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 from gnomon.budget import Budget
 from gnomon.evaluation.subject import Found, find, predictor_digest
 from gnomon.host import HostSpec
-from gnomon.policies import Policy, build_policy
+from gnomon.policies import COMMON, Policy, build_policy
 
-KEYS = ("name", "refresh", "batch", "kv", "predictor", "criterion", "rank", "params", "budget")
+KEYS = (
+    *("name", "refresh", "batch", "kv", "prefill"),
+    *("predictor", "criterion", "rank", "params", "budget"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def build(
         ValueError: unknown policies or keys, or predictors that are not there.
     """
     params = dict(config.get("params") or {})
-    settings = {key: config.get(key) for key in ("refresh", "batch", "kv")}
+    settings = {key: config.get(key) for key in COMMON}
     inner, about, digest = params.pop("inner", None), dict(params), ""
     inside: tuple[Found, ...] = ()
     own: Budget | None = budget

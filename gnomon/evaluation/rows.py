@@ -18,7 +18,9 @@ COLUMNS = (
     "refresh",
     "batch",
     "kv",
+    "prefill",
     "predictor",
+    "objective",
     "backend",
     "seed",
     "target_heads",
@@ -63,8 +65,11 @@ def entries(results: Mapping[str, Any]) -> Iterator[tuple[Row, Mapping[str, Any]
     } | _present({"prompt": results["protocol"].get("prompt")})
     own = {key: policy[key] for key in ("refresh", "batch", "kv")}
     own["policy"] = policy.get("label", policy["name"])
+    own["prefill"] = policy.get("params", {}).get("prefill", "dense")
     own["backend"] = results["backend"]  # a bracket may have run on another
-    own |= _present({"predictor": predictor_label(policy.get("predictor"))})
+    predictor = policy.get("predictor")
+    own |= _present({"predictor": predictor_label(predictor)})
+    own |= _present({"objective": (predictor or {}).get("objective")})
     quality = results.get("quality", {})
     yield common | own | _base(results["density"], quality), quality
     for bracket in results.get("brackets", []):

@@ -206,7 +206,7 @@ def start_results(
         "refresh": policy.refresh,
         "batch": policy.batch,
         "kv": policy.kv,
-        "params": dict(params) | {"spread": policy.budget.spread},
+        "params": dict(params) | {"spread": policy.budget.spread, "prefill": policy.prefill},
     } | ({"label": label} if label else {})
     if found.predictor is not None:
         about["predictor"] = describe_predictor(found)

@@ -17,19 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
-from gnomon.evaluation.figures import save, style
+from gnomon.evaluation.figure_lines import style
+from gnomon.evaluation.figures import save
 from gnomon.evaluation.rows import Row
 
 LIMITS = (1.03, 1.05, 1.10)  # perplexity ratios at which a speed-up is quoted
 COLUMNS = (
-    *("host", "policy", "refresh", "policy_batch", "kv", "heads", "neurons", "byte_density"),
-    *("ppl_ratio", "device", "engine", "backend", "batch", "context", "steps"),
+    *("host", "policy", "refresh", "policy_batch", "kv", "prefill", "heads", "neurons"),
+    *("byte_density", "ppl_ratio", "device", "engine", "backend", "batch", "context", "steps"),
     *("ms_dense", "ms_sparse", "ms_dense_p95", "ms_sparse_p95", "ms_hf", "hf"),
     *("speedup", "speedup_fastest", "speedup_ideal", "of_ideal", "gbps_dense", "gbps_sparse"),
     *("ttft_ms", "ttft_ms_dense", "peak_bytes", "peak_bytes_dense", "bytes_dense", "bytes_sparse"),
     *("bytes_predictor", "logits_rms", "top1", "sets", "seed", "results"),
 )
-_VARIANT = ("refresh", "policy_batch", "kv")
+_VARIANT = ("refresh", "policy_batch", "kv", "prefill")
 _PLACE = ("host", "device", "batch", "context")
 NOTE = (
     "ms: median per step, dense and sparse in turn in one run; speed-up over the faster of dense "
@@ -47,6 +48,7 @@ def speed_rows(results: Mapping[str, Any]) -> list[Row]:
         "policy": policy["name"],
         **{key: policy[key] for key in ("refresh", "kv")},
         "policy_batch": policy["batch"],
+        "prefill": policy.get("params", {}).get("prefill", "dense"),
         **{key: density[key] for key in ("heads", "neurons", "byte_density")},
         "seed": results["seed"],
     }

@@ -23,8 +23,8 @@ from gnomon.evaluation.tables import (
 
 FIELDS = ("task", "n", "metric", "fewshot", "acc_dense", "acc_sparse", "stderr_diff", "kl")
 KEYS = (
-    *("host", "protocol", "policy", "refresh", "batch", "kv", "predictor", "seed", "backend"),
-    *("heads", "neurons", "byte_density", "bracket"),
+    *("host", "protocol", "policy", "refresh", "batch", "kv", "prefill", "predictor", "seed"),
+    *("backend", "heads", "neurons", "byte_density", "bracket"),
 )
 MEANS = ("acc_dense", "acc_sparse", "acc_diff", "acc_stderr")
 NOTE = (

@@ -34,7 +34,7 @@ POLICIES: dict[str, type[Policy]] = {
     )
 }
 
-COMMON = ("refresh", "batch", "kv")
+COMMON = ("refresh", "batch", "kv", "prefill")
 
 
 def build_policy(name: str, budget: Budget | None, predictor: Any = None, **params: Any) -> Policy:
@@ -66,6 +66,8 @@ def build_policy(name: str, budget: Budget | None, predictor: Any = None, **para
         )
     needed = {k: v for k, v in extra.items() if k in takes}
     policy = cls(**needed, **{k: v for k, v in given.items() if k in takes})
+    if "prefill" in given and "prefill" not in takes:
+        policy.set_prefill(given["prefill"])
     for key in COMMON:
         if key in given and getattr(policy, key) != given[key]:
             raise ValueError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from gnomon.accounting import Density, HostBytes, Role, solve_bytes
 from gnomon.budget import Budget, choices, layer_counts
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
-from gnomon.policies.statistic import PromptStatistic
+from gnomon.policies.seen import Seen
 
 if TYPE_CHECKING:
     from gnomon.predictors.base import Predictor
@@ -21,51 +20,7 @@ if TYPE_CHECKING:
 Refresh = Literal["static", "prompt", "token"]
 Batch = Literal["per_sequence", "shared"]
 KV = Literal["keep", "drop"]
-T = TypeVar("T")
-
-
-class Seen:
-    """What one decision may look at: nothing later than its token, nothing of another sequence.
-
-    Attributes:
-        positions: (B, T') index of each token in its own sequence.
-        live: (B, T') real tokens of unfinished rows.
-        units: the true unit tensor, for the oracle alone.
-    """
-
-    def __init__(
-        self,
-        hidden: Callable[[Tap], Tensor],
-        positions: Tensor,
-        live: Tensor,
-        memo: dict[Any, Any],
-        units: Tensor | None = None,
-        prompt: PromptStatistic | None = None,
-        gate: Callable[[int], Tensor] | None = None,
-    ) -> None:
-        self._hidden, self._memo, self._prompt, self._gate = hidden, memo, prompt, gate
-        self.positions, self.live, self.units = positions, live, units
-
-    @property
-    def prompt(self) -> PromptStatistic:
-        """The prompt's sums, of a policy that observes it."""
-        assert self._prompt is not None
-        return self._prompt
-
-    def hidden(self, tap: Tap) -> Tensor:
-        """Hidden state (B, T', W) at a tap that this forward has already passed."""
-        return self._hidden(tap)
-
-    def gate(self, layer: int) -> Tensor:
-        """act(gate) of a layer's FFN, (B, T', F), for a policy that reads it."""
-        assert self._gate is not None
-        return self._gate(layer)
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """``make()`` the first time in this forward, the same value afterwards."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+Prefill = Literal["dense", "sparse"]
 
 
 class Policy:
@@ -78,6 +33,8 @@ class Policy:
             over live rows.
         kv: ``keep`` computes K and V of every head, ``drop`` skips those of inactive groups
             (byte accounting; the decision must be fixed for the sequence).
+        prefill: ``dense``, or ``sparse``: under ``protocol=decode`` the prompt is sparse too, as
+            under ``all``. For fixed policies alone.
 
     Raises:
         ValueError: a choice this policy does not offer.
@@ -101,6 +58,7 @@ class Policy:
         refresh: Refresh | None = None,
         batch: Batch = "per_sequence",
         kv: KV = "keep",
+        prefill: Prefill = "dense",
     ) -> None:
         self.budget = self._own(budget)
         self.refresh: Refresh = self.refreshes[0] if refresh is None else refresh
@@ -113,6 +71,7 @@ class Policy:
                 "policy.kv='drop' needs a decision that is fixed for the sequence: use "
                 "policy.refresh=prompt or static, or policy.kv=keep"
             )
+        self.set_prefill(prefill)
         if budget.spread not in self.spreads:
             raise ValueError(
                 f"policy={self.name} does not offer budget.spread={budget.spread!r}: use "
@@ -201,6 +160,22 @@ class Policy:
     def predictor_bytes(self) -> float:
         """Bytes of predictor weights that one decision reads."""
         return 0.0
+
+    def set_prefill(self, prefill: Prefill) -> None:
+        """Says whether the prompt is sparse too.
+
+        Raises:
+            ValueError: a value that is not offered, or ``sparse`` where the policy decides from
+                the prompt.
+        """
+        self._offer("prefill", prefill, get_args(Prefill))
+        if prefill == "sparse" and self.refresh != "static":
+            raise ValueError(
+                f"policy.prefill='sparse': policy={self.name} with refresh={self.refresh} decides "
+                "from the prompt, which stays dense for it. Use policy.refresh=static or a fixed "
+                "policy (static, skip_sublayers), or policy.prefill=dense"
+            )
+        self.prefill: Prefill = prefill
 
     # -- what the runtime calls -----------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from torch import nn
 from gnomon.accounting import Density, Role, account
 from gnomon.budget import Budget
 from gnomon.host import UnitKind, weight
-from gnomon.policies.base import Policy
+from gnomon.policies.base import Policy, Prefill
 from gnomon.policies.compressed import check_method, compress, rest_bytes
 from gnomon.policies.core import Core
 from gnomon.policies.dense import Dense
@@ -48,6 +48,8 @@ class FFSplit(Core):
         heavy: share of a layer's neurons that stay whole, in [0, 1].
         rank: of ``lowrank``, as a share of min(neurons of the rest, D).
         weights: a folder that :meth:`save` wrote; its split is taken instead of a new one.
+        prefill: what the inner policy skips, it skips in the prompt too (``sparse``); None takes
+            the inner policy's. Compressed weights serve the prompt in any case.
 
     Raises:
         ValueError: an unknown method, shares outside [0, 1], an inner policy that skips channels.
@@ -66,6 +68,7 @@ class FFSplit(Core):
         heavy: float | None = None,
         rank: float | None = None,
         weights: str | Path | None = None,
+        prefill: Prefill | None = None,
     ) -> None:
         check_method(rest)
         if budget is None and heavy is None and weights is None:
@@ -82,6 +85,8 @@ class FFSplit(Core):
                 "channels, whose bytes are not those of neurons: use cats, chess "
                 "(attention=false) or a policy that scores neurons"
             )
+        if prefill is not None:
+            self.set_prefill(prefill)
         self._alone = inner is None
         if self._alone:
             self.kinds = ("neurons",)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gnomon.budget import Budget
 from gnomon.host import HostSpec, UnitKind, weight
 from gnomon.kernels.topk_mask import topk_mask
-from gnomon.policies.base import Batch, Policy, Refresh, Seen
+from gnomon.policies.base import Batch, Policy, Prefill, Refresh, Seen
 from gnomon.policies.random import uniform
 
 Variant = Literal["topk", "sampling", "half", "magnitude"]
@@ -39,6 +39,7 @@ class Griffin(Policy):
             proportional to s; ``half`` keeps the top K/2 and draws the rest; ``magnitude`` needs no
             prompt (``refresh=static``): ‖w_gate‖·‖w_up‖, or ‖w_up‖ of a non-gated host.
         seed: of the draws; the same for every sequence.
+        prefill: ``sparse`` for ``magnitude`` alone.
 
     Raises:
         ValueError: an unknown variant, or a budget of heads.
@@ -54,13 +55,14 @@ class Griffin(Policy):
         batch: Batch = "per_sequence",
         variant: Variant = "topk",
         seed: int = 0,
+        prefill: Prefill = "dense",
     ) -> None:
         if variant not in get_args(Variant):
             raise ValueError(
                 f"policy.params.variant={variant!r}: use {', '.join(get_args(Variant))}"
             )
         refresh: Refresh = "static" if variant == "magnitude" else "prompt"
-        super().__init__(budget, refresh, batch)
+        super().__init__(budget, refresh, batch, prefill=prefill)
         self.variant, self.seed = variant, seed
         self.observes = ("neurons",) if refresh == "prompt" else ()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gnomon.budget import Budget
 from gnomon.host import KINDS, UnitKind
-from gnomon.policies.base import KV, Batch, Policy, Refresh, Seen
+from gnomon.policies.base import KV, Batch, Policy, Prefill, Refresh, Seen
 
 
 class Random(Policy):
@@ -28,8 +28,9 @@ class Random(Policy):
         batch: Batch = "per_sequence",
         kv: KV = "keep",
         seed: int = 0,
+        prefill: Prefill = "dense",
     ) -> None:
-        super().__init__(budget, refresh, batch, kv)
+        super().__init__(budget, refresh, batch, kv, prefill)
         self.seed = seed
 
     def scores(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:

@@ -8,8 +8,8 @@ skipped attention sublayer keeps no key/value cache.
 ``choose=similarity`` takes the sublayers which change the residual stream least: with x before and
 y after a sublayer, those with the largest mean cosine of x and y over calibration text.
 
-Deviations: the prompt but its last token is dense (the papers skip everywhere; protocol=all does);
-a budget says how many sublayers are kept, K = round(density·L).
+Deviations: the prompt but its last token is dense (the papers skip everywhere; prefill=sparse and
+protocol=all do); a budget says how many sublayers are kept, K = round(density·L).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gnomon.accounting import Density, Role
 from gnomon.budget import Budget
 from gnomon.host import KINDS, UnitKind
-from gnomon.policies.base import Policy, Seen
+from gnomon.policies.base import Policy, Prefill, Seen
 from gnomon.policies.dense import Dense
 from gnomon.policies.wrap import Wrapper
 from gnomon.predictors.calibration import SUBLAYERS, Calibration
@@ -50,6 +50,7 @@ class SkipSublayers(Wrapper):
         layers: the layers to skip in, whatever the budget says.
         choose: ``last``, or ``similarity``.
         keep_last: layers at the end that are never skipped by ``choose=last``.
+        prefill: ``sparse``: in the prompt too; None takes the inner policy's.
 
     Raises:
         ValueError: an unknown choice, a layer that the host does not have, no calibration.
@@ -68,6 +69,7 @@ class SkipSublayers(Wrapper):
         layers: Sequence[int] | None = None,
         choose: Choose = "last",
         keep_last: int = 0,
+        prefill: Prefill | None = None,
     ) -> None:
         for field, value, allowed in (("what", what, What), ("choose", choose, Choose)):
             if value not in get_args(allowed):
@@ -89,6 +91,8 @@ class SkipSublayers(Wrapper):
         if self._alone:
             self.kinds, self.kv, self.refresh = SKIPPED[what], "drop", "static"
             self.budget = Budget(density=1.0) if budget is None else self._own(budget)
+        if prefill is not None:
+            self.set_prefill(prefill)
         self.sublayers = None if budget is None else budget
         self._require_one_density(budget)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gnomon.budget import Budget, global_counts
 from gnomon.host import KINDS, HostSpec, UnitKind
-from gnomon.policies.base import KV, Batch, Policy, Seen
+from gnomon.policies.base import KV, Batch, Policy, Prefill, Seen
 
 
 class HasMeans(Protocol):
@@ -61,8 +61,9 @@ class Static(Policy):
         budget: Budget,
         batch: Batch = "per_sequence",
         kv: KV = "keep",
+        prefill: Prefill = "dense",
     ) -> None:
-        super().__init__(budget, "static", batch, kv)
+        super().__init__(budget, "static", batch, kv, prefill)
         self._source, self._means = source, means_of(source)
 
     def prepare(self, model: nn.Module) -> None:

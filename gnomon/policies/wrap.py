@@ -29,6 +29,7 @@ class Wrapper(Policy):
         self.inner = inner
         self.budget, self.refresh, self.batch = inner.budget, inner.refresh, inner.batch
         self.kv, self.kinds, self.observes = inner.kv, inner.kinds, inner.observes
+        self.prefill = inner.prefill
         self.channels, self.reads_gate = inner.channels, inner.reads_gate
         self.needs_units, self.weight_dtype = inner.needs_units, inner.weight_dtype
         self.predictor = inner.predictor

@@ -72,11 +72,12 @@ def generate(
     stream: Stream | None = None,
     stop: Stop = None,
 ) -> str | list[str]:
-    """Continues prompts with a sparse host; the prompt itself is dense but for its last token.
+    """Continues prompts with a sparse host; the prompt is dense but for its last token.
 
     Runs the decode engine. Hosts whose step it cannot express, and policies that exist under
     ``mask`` alone, take the generic path (:func:`gnomon.sparsify` around ``model.generate``), which
-    is said once. Penalties of the host's generation config do not apply.
+    is said once. Under a fixed policy with ``prefill=sparse`` the prompt is sparse too. Penalties
+    of the host's generation config do not apply.
 
     Args:
         model: the host.

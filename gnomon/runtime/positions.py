@@ -2,7 +2,8 @@
 
 A sequence has a prompt of P tokens, padding excluded. Under ``decode`` positions < P-1 are dense
 and position P-1 and all after it are sparse; under ``all`` every position is. ``prompt`` refresh
-decides at position P-2. ``published`` is ShadowLLM's accuracy set-up, which is not causal: every
+decides at position P-2. A fixed policy with ``prefill=sparse`` is sparse at every position under
+``decode`` too. ``published`` is ShadowLLM's accuracy set-up, which is not causal: every
 position is sparse, and ``prompt`` refresh decides from the last token of the whole text.
 """
 

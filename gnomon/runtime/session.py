@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gnomon.accounting import Density, Role
-from gnomon.activation import activation
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
-from gnomon.policies.base import Policy, Seen
-from gnomon.policies.statistic import PromptStatistic
+from gnomon.policies.base import Policy
 from gnomon.runtime.channels import Channels
 from gnomon.runtime.counts import Counts
+from gnomon.runtime.decisions import Decisions
 from gnomon.runtime.gathered import Gathered, Kept
 from gnomon.runtime.positions import Step, read_step
-from gnomon.runtime.prompts import PromptDecisions
 from gnomon.runtime.skipped import SkippedAttention
 
 T = TypeVar("T")
@@ -52,6 +50,8 @@ class Session:
     ) -> None:
         self.spec, self.policy = spec, policy
         self.protocol, self.prompt_length = protocol, prompt_length
+        whole = protocol == "decode" and policy.prefill == "sparse"
+        self._protocol = "all" if whole else protocol
         self.on_decision: Decision | None = None
         self.step: Step | None = None
         self.start: int | None = None
@@ -59,14 +59,13 @@ class Session:
         self._gathered = None if backend == "mask" else Gathered(self, model, backend)
         self._skipped = None if backend == "mask" else SkippedAttention(self, model)
         self._taps = frozenset(policy.taps())
-        self._for_all: dict[Any, Any] = {}
         self._counts = Counts(spec)
-        self._prompts = PromptDecisions()
+        self._decisions = Decisions(spec, policy)
         self._finished: Tensor | None = None
         self._stop = _stop_tokens(model)
         self.hooks = HostHooks(model, spec)
         self.hooks.on_forward(self._start)
-        self.hooks.on_cache(self._prompts.keep)
+        self.hooks.on_cache(self._decisions.prompts.keep)
         if self._skipped is not None and self._skipped.layers:
             self.hooks.on_cache(self._skipped.forget)
         for kind in KINDS:
@@ -75,11 +74,10 @@ class Session:
         self.channels = Channels(self)
         self.channels.hook(self.hooks)
         if policy.reads_gate:
-            self._act = activation(spec)
             for layer in range(spec.L):
-                self.hooks.on_branch(layer, "gate", partial(self._see_gate, layer))
+                self.hooks.on_branch(layer, "gate", partial(self._decisions.see_gate, layer))
         for tap in policy.taps():  # after the masks: a context is read without its skipped heads
-            self.hooks.on_tap(tap, partial(self._see, tap))
+            self.hooks.on_tap(tap, partial(self._decisions.see, tap))
 
     def density(self) -> Density:
         """Achieved densities over all sparse positions so far (padding excluded)."""
@@ -115,50 +113,25 @@ class Session:
 
     def meet(self, tap: Tap, hidden: Tensor) -> None:
         """A hidden state that a policy may ask for before the tap's own module runs."""
-        if tap in self._taps and tap not in self._hidden:
-            self._see(tap, self.hooks.rows(hidden))
+        if tap in self._taps and not self._decisions.has_seen(tap):
+            self._decisions.see(tap, self.hooks.rows(hidden))
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` the first time in the running forward, the same value afterwards."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+        return self._decisions.once(key, make)
 
     def fixed(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` the first time that this fixed decision is used, the same value afterwards."""
-        if self.policy.refresh == "prompt":
-            return self._prompts.once(key, make)
-        if key not in self._for_all:
-            self._for_all[key] = make()
-        return self._for_all[key]
+        return self._decisions.fixed(key, make)
 
     def _start(self, args: dict[str, Any]) -> None:
         """Before every forward of the host: where it is sparse, and whose prompt it holds."""
-        step = read_step(args, self.protocol, self.prompt_length)
+        step = read_step(args, self._protocol, self.prompt_length)
         self.step, self.start = step, step.start
         self._cached = args.get("past_key_values") is not None or bool(args.get("use_cache"))
-        self._hidden: dict[Tap, Tensor] = {}
-        self._gates: dict[int, Tensor] = {}
-        self._memo: dict[Any, Any] = {}
-        self._live = step.live & ~self._finish(args, step)[:, None]
-        if self.policy.refresh == "prompt":
-            self._prompts.start(args.get("past_key_values"), step)
-        self._observe(step)
+        live = step.live & ~self._finish(args, step)[:, None]
+        self._decisions.start(step, self.start, live, args.get("past_key_values"))
         self.gathers = self._gathered is not None and self._can_gather(step)
-
-    def _observe(self, step: Step) -> None:
-        """Opens the prompt's statistic for what this forward holds of the prompt."""
-        self._statistic: PromptStatistic | None = None
-        if not self.policy.observes:
-            return
-        policy = self.policy
-        self._statistic = self._prompts.statistic(
-            lambda: PromptStatistic(policy.observes, policy.observe)
-        )
-        if step.single or self._prompts.made:
-            self._statistic.rest()
-        else:
-            self._statistic.begin(step.prompt)
 
     def _finish(self, args: dict[str, Any], step: Step) -> Tensor:
         """Rows that have ended: in single-token steps a stop token was fed back."""
@@ -170,13 +143,6 @@ class Session:
             stop = torch.tensor(self._stop, device=tokens.device)
             self._finished |= torch.isin(tokens[:, 0], stop)
         return self._finished
-
-    def _see(self, tap: Tap, hidden: Tensor) -> None:
-        self._hidden[tap] = hidden.detach()
-
-    def _see_gate(self, layer: int, gate: Tensor) -> None:
-        if self.start is not None:
-            self._gates[layer] = gate[:, self.start :].detach()
 
     def note_channels(self, role: Role, layer: int, keep: Tensor) -> None:
         """Counts and reports the input channels (B, T', W) that a linear reads."""
@@ -192,8 +158,7 @@ class Session:
         def mask(units: Tensor) -> Tensor | None:
             step, start = self.step, self.start
             assert step is not None
-            if self._statistic is not None and kind in self._statistic.kinds:
-                self._statistic.see(kind, layer, units)
+            self._decisions.observe(kind, layer, units)
             if start is None:
                 return None
             sparse = step.sparse[:, start:].to(units.device)
@@ -220,7 +185,7 @@ class Session:
         """The active set of the sparse columns, (B, T', N); counted and reported."""
         step, start = self.step, self.start
         assert step is not None and start is not None
-        keep = self._decide(kind, layer, units, start).to(sparse.device)
+        keep = self._decisions.decide(kind, layer, units, start).to(sparse.device)
         keep = keep.expand(*sparse.shape, -1)
         if self.on_decision is not None:
             self.on_decision(kind, layer, keep, step)
@@ -235,13 +200,13 @@ class Session:
         """
         if self.start is None or torch.is_grad_enabled():
             return False
-        if self._statistic is not None and not self._prompts.made:
+        if self._decisions.awaits_statistic:
             return False
         rows, columns = step.sparse.shape
         one_set = self.policy.refresh == "static" or rows == 1
         if columns - self.start > 1 and not (self._is_fixed and one_set):
             return False
-        return step.single or bool(step.sparse[:, self.start :].all())
+        return step.single or bool((step.sparse | ~step.live)[:, self.start :].all())
 
     @property
     def _is_fixed(self) -> bool:
@@ -254,66 +219,6 @@ class Session:
         shared = self.policy.refresh == "static" or keep.shape[0] == 1 or keep.stride(0) == 0
         keep = keep[: 1 if shared else None, 0]
         return Kept(keep, self.policy.kept(kind, layer), self._is_fixed and shared)
-
-    def _decide(self, kind: UnitKind, layer: int, units: Tensor | None, start: int) -> Tensor:
-        step = self.step
-        assert step is not None
-        if self.policy.refresh == "prompt":
-            return self._prompts.decision(
-                kind, layer, lambda: self._decide_prompt(kind, layer, step)
-            )
-        own = None if units is None or not self.policy.needs_units else units[:, start:].detach()
-        seen = Seen(
-            hidden=lambda tap: self._hidden[tap][:, start:],
-            positions=step.positions[:, start:],
-            live=self._live[:, start:],
-            memo=self._memo,
-            units=own,
-            gate=lambda layer: self._act(self._gates[layer]),
-        )
-        return self.policy.decide(kind, layer, seen)
-
-    def _decide_prompt(self, kind: UnitKind, layer: int, step: Step) -> Tensor:
-        """Once per sequence, from its last prompt token but one: (B, 1, N)."""
-        if self._statistic is not None:
-            return self._decide_observed(kind, layer, step, self._statistic)
-        if step.decide_at is None:
-            raise ValueError(
-                "refresh='prompt' decides from the prompt's last token but one: give every row a "
-                "prompt of at least 2 tokens, and start the sequence inside sparsify"
-            )
-        rows = torch.arange(len(step.decide_at), device=step.decide_at.device)
-        at = step.decide_at
-
-        def hidden(tap: Tap) -> Tensor:
-            state = self._hidden[tap]
-            return state[rows.to(state.device), at.to(state.device)][:, None]
-
-        positions = step.positions[rows, at][:, None]
-        return self.policy.decide(
-            kind, layer, Seen(hidden, positions, self._live[rows, at][:, None], self._memo)
-        )
-
-    def _decide_observed(
-        self, kind: UnitKind, layer: int, step: Step, statistic: PromptStatistic
-    ) -> Tensor:
-        """Once per sequence, from what was summed up over its prompt: (B, 1, N)."""
-        if not bool(step.sparse.any(1).all()):
-            raise ValueError(
-                "refresh='prompt' decides for all sequences of a batch at once, and not every "
-                "prompt ends in this forward: give prompts of one length to a chunked prefill"
-            )
-        beyond = step.positions.new_tensor(torch.iinfo(step.positions.dtype).max)
-        lengths = torch.where(step.sparse, step.positions, beyond).amin(1)  # P-1
-        self.once("whole prompt", lambda: statistic.require(lengths))
-        seen = Seen(
-            hidden=lambda tap: self._hidden[tap],
-            positions=(lengths - 1)[:, None],
-            live=torch.ones_like(lengths, dtype=torch.bool)[:, None],
-            memo=self._memo,
-            prompt=statistic,
-        )
-        return self.policy.decide(kind, layer, seen)
 
 
 def _stop_tokens(model: nn.Module) -> list[int]:

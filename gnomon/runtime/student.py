@@ -8,7 +8,9 @@ score kept, detached) and temperature t, a unit tensor is multiplied by
     w · (m + soft − detach(soft)) + (1 − w) · soft,     soft = sigmoid((s − c) / t)
 
 The hardness w is 1 by default: the forward is that of inference, the gradient that of the sigmoid
-(straight-through). Below 1 the forward is a mixture that training anneals (relaxed top-k).
+(straight-through). Below 1 the forward is a mixture that training anneals (relaxed top-k). Where it
+is balanced, the gradient of c is that of the threshold that keeps Σ soft as it is, so that scores
+compete for the budget instead of rising together.
 """
 
 from __future__ import annotations
@@ -40,10 +42,22 @@ Watch = Callable[[int, Tensor], None]  # layer, its input (B, T, D)
 
 @dataclass(frozen=True)
 class Softness:
-    """How soft the mask is: the temperature of its sigmoid, and the hardness of its forward."""
+    """How soft the mask is: temperature of its sigmoid, hardness of its forward, and balance."""
 
     temperature: float = 1.0
     hardness: float = 1.0
+    balanced: bool = False
+
+    def of(self, scores: Tensor, cut: Tensor) -> Tensor:
+        """The sigmoid of scores (…, N) round a threshold (…, 1), in (0, 1)."""
+        if self.balanced:
+            with torch.no_grad():
+                soft = ((scores - cut) / self.temperature).sigmoid()
+                weights = soft * (1 - soft)
+                weights /= weights.sum(-1, keepdim=True).clamp_min(1e-12)
+            mean = (weights * scores).sum(-1, keepdim=True)
+            cut = cut + (mean - mean.detach())
+        return ((scores - cut) / self.temperature).sigmoid()
 
 
 HARD = Softness()
@@ -217,8 +231,8 @@ class Student:
             cut = scores.detach().masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
         mask = keep.float()
         if torch.is_grad_enabled() and run.visit is None:
-            soft = ((scores - cut) / run.softness.temperature).sigmoid()
-            through, w = mask + (soft - soft.detach()), run.softness.hardness
+            soft, w = run.softness.of(scores, cut), run.softness.hardness
+            through = mask + (soft - soft.detach())
             mask = through if w == 1 else w * through + (1 - w) * soft
         grouped = kind == "heads" and self.policy.resolved.head_unit == "group"
         return mask.repeat_interleave(self.spec.group_size, -1) if grouped else mask

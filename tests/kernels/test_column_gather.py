@@ -13,6 +13,7 @@ from gnomon.kernels.column_gather import (
     column_gather_reference,
     column_gather_triton,
 )
+from gnomon.kernels.gather_common import rows_wanted
 from tolerances import TOLERANCE, relative_rms
 
 
@@ -89,6 +90,41 @@ def test_entries_past_the_count_read_nothing(batch: int, held: int, device: torc
         w[:] = torch.nan
     for op in (column_gather_reference, column_gather_triton, column_gather):
         assert relative_rms(op(x, w, index, 1, count), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "width", "n", "block", "before"),
+    [
+        pytest.param(2, 40, 33, 3, 0, id="pair"),
+        pytest.param(4, 70, 40, 1, 8, id="four"),
+        pytest.param(8, 100, 48, 4, 3, id="eight"),
+        pytest.param(24, 130, 200, 1, 0, id="twenty-four"),
+    ],
+)
+def test_unwanted_channels_are_not_read(
+    batch: int,
+    width: int,
+    n: int,
+    block: int,
+    before: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Neither their weights nor x of them; the first ``before`` are read whatever is said."""
+    given = arguments(batch, width, n, block, "all", dtype, device)
+    wanted = torch.rand(n // block - before, device=device) < 0.5
+    wanted[:2] = torch.tensor([True, False])
+    rows = rows_wanted(wanted, n, block)
+    x = torch.where(rows, given["x"], 0)
+    expected = column_gather_reference(**(given | {"x": x}))
+    given["x"][:, ~rows] = torch.nan
+    (given["weight_t"] if given["scale"] is None else given["scale"])[~rows] = torch.nan
+    poison(batch, width, device=device)
+    rounded = batch > 4 and dtype in (torch.bfloat16, torch.float16)
+    for op in (column_gather_reference, column_gather_triton, column_gather):
+        y = op(**given, wanted=wanted)
+        assert relative_rms(y, expected) < TOLERANCE[dtype if rounded else torch.float32]
 
 
 def test_output_dtype_and_registration(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gathered import DTYPES, LISTS, SHAPES, lists, weights
 from gnomon.kernels import cpu_gather, cpu_library
 from gnomon.kernels.column_gather import column_gather_reference
+from gnomon.kernels.gather_common import rows_wanted
 from gnomon.kernels.gathered_ffn import ffn_up_reference
 from gnomon.kernels.row_gather import row_gather_reference
 from gnomon.kernels.rowscaled_linear import rowscaled_linear, rowscaled_linear_reference
@@ -77,6 +78,32 @@ def test_whole_places_rows_and_reads_channels_where_they_are() -> None:
     torch.testing.assert_close(y, torch.where(keep, expected, 0))
     back = cpu_gather.columns(lib, y, w, lists, None, None, None, True)
     torch.testing.assert_close(back, torch.where(keep, expected, 0) @ w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "before"), [(2, 0), (8, 3)])
+def test_units_that_no_sequence_wants_are_not_read(
+    batch: int, before: int, dtype: torch.dtype
+) -> None:
+    w, scale = weights(30, 40, dtype, CPU)
+    wanted = torch.rand(10 - before) < 0.5
+    rows = rows_wanted(wanted, 30, 3)
+    (w if scale is None else scale)[~rows] = torch.nan
+    how = (None, 3, None, scale)
+    x, h = torch.randn(batch, 40), torch.randn(batch, 30)
+    h[:, ~rows] = torch.nan
+    for fast, plain, given in (
+        (cpu_gather.row_gather, row_gather_reference, x),
+        (cpu_gather.column_gather, column_gather_reference, h),
+    ):
+        y = fast(given, w, *how, wanted=wanted)
+        expected = plain(given, w, *how, wanted=wanted)
+        assert bool(y.isfinite().all())
+        assert relative_rms(y, expected) < TOLERANCE[torch.float32]
+    up = (x, w, w, None, None, "silu", None, None, scale, scale)
+    fast_h, plain_h = (f(*up, wanted=rows) for f in (cpu_gather.ffn_up, ffn_up_reference))
+    assert relative_rms(fast_h, plain_h) < TOLERANCE[torch.float32]
+    assert bool((fast_h[:, ~rows] == 0).all())
 
 
 def test_unselected_weights_are_not_read_and_threads_change_nothing() -> None:

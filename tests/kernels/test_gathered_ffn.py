@@ -92,6 +92,21 @@ def test_unselected_neurons_are_not_used(batch: int, device: torch.device) -> No
     assert torch.equal(ffn_up_triton(**given)[:, :held], expected)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_unwanted_neurons_are_not_read(batch: int, gated: bool, device: torch.device) -> None:
+    given, _ = arguments(batch, 40, 33, "all", torch.float32, device, gated)
+    wanted = torch.rand(33, device=device) < 0.5
+    expected = torch.where(wanted, ffn_up_reference(**given), 0)
+    for field in ("up", "gate", "up_bias", "gate_bias"):
+        if given[field] is not None:
+            given[field][~wanted] = torch.nan
+    for op in (ffn_up_reference, ffn_up_triton, ffn_up):
+        y = op(**given, wanted=wanted)
+        assert bool((y[:, ~wanted] == 0).all())
+        assert relative_rms(y, expected) < 2 * TOLERANCE[torch.float32]
+
+
 def test_whole_ffn_and_registration(device: torch.device) -> None:
     given, _ = arguments(2, 40, 33, "some", torch.float32, device)
     for key in ("norm", "norm_weight"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
+from gnomon.kernels.gather_common import rows_wanted
 from gnomon.kernels.row_gather import row_gather, row_gather_reference, row_gather_triton
 from tolerances import TOLERANCE, relative_rms
 
@@ -83,6 +84,44 @@ def test_unselected_rows_are_not_used(batch: int, device: torch.device) -> None:
     assert torch.equal(row_gather_triton(**given, early=True), expected)
 
 
+WANTED = [
+    pytest.param(2, 40, 33, 3, 0, id="pair"),
+    pytest.param(4, 70, 40, 1, 8, id="four"),
+    pytest.param(8, 100, 48, 4, 3, id="eight"),
+    pytest.param(24, 130, 96, 1, 0, id="twenty-four"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width", "n", "block", "before"), WANTED)
+def test_unwanted_rows_are_zero_and_not_read(
+    batch: int,
+    width: int,
+    n: int,
+    block: int,
+    before: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Units that no sequence keeps; the first ``before`` are read whatever is said."""
+    given, _ = arguments(batch, width, n, block, "all", dtype, "rms", device)
+    wanted = torch.rand(n // block - before, device=device) < 0.5
+    wanted[:2] = torch.tensor([True, False])
+    rows = rows_wanted(wanted, n, block)
+    assert bool(rows[: before * block].all()) and not bool(rows.all())
+    expected = torch.where(rows, row_gather_reference(**given, out_dtype=torch.float32), 0)
+    (given["weight"] if given["scale"] is None else given["scale"])[~rows] = torch.nan
+    given["bias"][~rows] = torch.nan
+    poison(batch, n, device=device)
+    for op in (row_gather_reference, row_gather_triton, row_gather):
+        y = op(**given, wanted=wanted, out_dtype=torch.float32)
+        assert bool((y[:, ~rows] == 0).all())
+        rounded = batch > 4 and dtype in (torch.bfloat16, torch.float16)
+        assert relative_rms(y, expected) < TOLERANCE[dtype if rounded else torch.float32]
+    nothing = row_gather_triton(**given, wanted=torch.zeros_like(wanted))
+    assert bool((nothing[:, before * block :] == 0).all())
+
+
 def test_output_dtype_and_registration(device: torch.device) -> None:
     given, held = arguments(2, 40, 33, 3, "counted", torch.bfloat16, "rms", device)
     y = row_gather(**given, out_dtype=torch.bfloat16)
@@ -112,6 +151,7 @@ def test_a_wrong_result_is_caught(device: torch.device) -> None:
         ("index", torch.zeros(3, dtype=torch.int64), "use int32"),
         ("index", torch.zeros(5, 3, dtype=torch.int32), "has 5 rows for a batch of 2"),
         ("count", torch.zeros(2, dtype=torch.int32), "count holds 2 numbers"),
+        ("wanted", torch.ones(11, dtype=torch.bool), "wanted is given with an index"),
     ],
 )
 def test_bad_arguments(field: str, value: Any, message: str) -> None:
@@ -119,3 +159,6 @@ def test_bad_arguments(field: str, value: Any, message: str) -> None:
     for op in (row_gather_reference, row_gather_triton):
         with pytest.raises(ValueError, match=message):
             op(**(given | {field: value}))
+    for wanted in (torch.ones(12, dtype=torch.bool), torch.ones(11)):
+        with pytest.raises(ValueError, match="use bool, 11 at most"):
+            row_gather_triton(**(given | {"index": None}), wanted=wanted)

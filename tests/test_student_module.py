@@ -1,0 +1,254 @@
+"""Training on the sparse host: kl, on-policy rows, fixed masks, warm starts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import gnomon
+from gnomon.budget import Budget
+from gnomon.data.blocks import BlockSettings
+from gnomon.data.criteria import Criterion, Magnitude, PlainAct
+from gnomon.data.sources import SyntheticText
+from gnomon.data.stage import prepare
+from gnomon.endtoend import Settings, make_module, start_from
+from gnomon.host import KINDS, describe
+from gnomon.policies import build_policy
+from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
+from gnomon.predictors import Static as StaticPredictor
+from gnomon.predictors.objectives import Bce, Kl, Mse, Objective
+from gnomon.predictors.schedule import cosine_warmup
+from gnomon.runtime.student import Student
+from gnomon.tiny import tiny_host
+from gnomon.training import fit, save
+
+DENSITY = {"heads": 1.0, "neurons": 0.25}
+BOTH = {"heads": 0.75, "neurons": 0.5}
+
+
+def predictor(cls: type[Any] = DejaVu) -> Predictor:
+    torch.manual_seed(0)
+    spec = describe(tiny_host()[0])
+    made: Predictor = cls.for_host(spec, **({} if cls is StaticPredictor else {"rank": 16}))
+    made.info = PredictorInfo(host=spec.name, spec_hash=spec.hash, criterion="magnitude")
+    return made
+
+
+def fitted(
+    net: Predictor,
+    objective: Objective,
+    steps: int,
+    lr: float = 3e-3,
+    density: dict[Any, float] = DENSITY,
+    warm: bool = False,
+    criterion: Criterion | None = None,
+    **student: Any,
+) -> dict[str, Any]:
+    """Metrics of a fit on the tiny host; ``student`` are fields of Settings."""
+    model, tokenizer = tiny_host()
+    settings, spec = Settings(blocks=4, **student), describe(model)
+    criterion = criterion or Magnitude()
+    data = prepare(
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        text=SyntheticText(block=32, tokens=4096),
+        criterion=criterion,
+        taps=net.taps,
+        needs=(objective.needs,),
+        out_root="unused",
+        density=dict(density),
+        batch_size=64,
+        mode="online",
+        heldout_tokens=512,
+        means_tokens=1024,
+        blocks=settings.block_settings if objective.on_policy else None,
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=10_000,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        gradient_clip_val=1.0,
+    )
+    module = make_module(
+        settings.student(model, spec, net, density) if objective.on_policy else None,
+        net,
+        objective,
+        criterion,
+        functools.partial(torch.optim.AdamW, lr=lr),
+        cosine_warmup,
+        density,
+        warm,
+    )
+    assert isinstance(data, pl.LightningDataModule)
+    return fit(module, data, trainer)
+
+
+@pytest.fixture(scope="module")
+def start() -> Any:
+    """Makes the same bce-trained DejaVu predictor, ready to be trained further."""
+    net = predictor()
+    fitted(net, Bce(), 60, lr=1e-2)
+    state = {k: v.clone() for k, v in net.dequantize().state_dict().items()}
+
+    def make() -> Predictor:
+        fresh = predictor()
+        fresh.load_state_dict(state)
+        return fresh
+
+    return make
+
+
+def test_kl_beats_its_start_on_held_out_blocks(start: Any) -> None:
+    net = start()
+    metrics = fitted(net, Kl(balanced=True), 60, warm=True)
+    found = metrics["student"]
+    before = found["start"]
+    assert found["kl"] < 0.9 * before["kl"] and found["ppl_ratio"] < before["ppl_ratio"]
+    assert found["positions"] == 512 and found["float"]["kl"] == pytest.approx(found["kl"], rel=0.1)
+    assert net.quantized and metrics["rows"] > 0 and metrics["init"]["criterion"] == "magnitude"
+
+
+def test_the_recorded_divergence_is_that_of_sparsify(start: Any) -> None:
+    net = start()
+    found = fitted(net, Kl(), 1, lr=0.0, warm=True)["student"]
+    model, tokenizer = tiny_host()
+    ids = SyntheticText(block=32, tokens=4096).blocks(tokenizer, "validation", 512).ids
+    policy = build_policy("dejavu", Budget(neurons=0.25), net)
+    with torch.no_grad():
+        dense = model(ids).logits.log_softmax(-1)
+        with gnomon.sparsify(model, policy, backend="mask", protocol="all"):
+            sparse = model(ids).logits.log_softmax(-1)
+    kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
+    assert found["kl"] == pytest.approx(float(kl), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "objective", "student"),
+    [
+        pytest.param(Shadow, Kl(), {"refresh": "prompt", "protocol": "decode"}, id="kl-prompt"),
+        pytest.param(DejaVu, Kl(layers_weight=0.1, relaxed=0.5), {}, id="kl-layers-relaxed"),
+        pytest.param(Shadow, Kl(), {"spread": "global", "protocol": "decode"}, id="kl-global"),
+        pytest.param(DejaVu, Kl(), {"input_gradient": True, "head_unit": "group"}, id="kl-input"),
+        pytest.param(Shadow, Bce(on_policy=True), {}, id="bce-token"),
+        pytest.param(
+            DejaVu,
+            Mse(on_policy=True),
+            {"refresh": "prompt", "protocol": "decode"},
+            id="mse-prompt",
+        ),
+    ],
+)
+def test_every_objective_and_refresh_trains(
+    cls: type[Any], objective: Objective, student: dict[str, Any]
+) -> None:
+    net = predictor(cls)
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    metrics = fitted(net, objective, 3, density=BOTH, **student)
+    assert all((net.state_dict()[n] != p).any() for n, p in before.items() if "bias" in n)
+    found = metrics["student"]
+    assert found["refresh"] == student.get("refresh", "token") and found["kl"] > 0
+    assert (found["positions"] < 512) == (found["protocol"] == "decode")
+
+
+def test_on_policy_rows_teach_the_true_units() -> None:
+    cold = fitted(predictor(), Bce(on_policy=True), 1, lr=0.0, density=BOTH)
+    metrics = fitted(predictor(), Bce(on_policy=True), 60, lr=1e-2, density=BOTH)
+    assert metrics["neurons"]["recall"] > cold["neurons"]["recall"] + 0.02
+
+
+def test_a_fixed_mask_is_learned_and_used_by_the_static_policy(tmp_path: Path) -> None:
+    net = predictor(StaticPredictor)
+    metrics = fitted(net, Kl(), 5, lr=1e-2, density=BOTH)
+    back = gnomon.load_predictor(save(net, tmp_path / "p", net.info))
+    assert torch.equal(back.means["neurons"], net.outputs["neurons"].bias.exp())  # type: ignore[union-attr]
+    model, tokenizer = tiny_host()
+    ids = SyntheticText(block=32, tokens=4096).blocks(tokenizer, "validation", 512).ids
+    policy = build_policy("static", Budget(heads=0.75, neurons=0.5), back)
+    with torch.no_grad():
+        dense = model(ids).logits.log_softmax(-1)
+        with gnomon.sparsify(model, policy, protocol="all"):
+            sparse = model(ids).logits.log_softmax(-1)
+    kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
+    assert metrics["student"]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    with pytest.raises(ValueError, match="use policy=static"):
+        build_policy("shadow", Budget(density=0.5), back)
+
+
+def test_divergence_stops_with_the_rate(start: Any) -> None:
+    net = start()
+    with torch.no_grad():
+        net.outputs["neurons"].weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"loss is nan at step 0 with a rate of .*optimizer\.lr"):
+        fitted(net, Kl(), 2, warm=True)
+
+
+def test_training_that_ends_worse_than_it_began_says_so(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = fitted(start(), Kl(), 3, lr=1.0, warm=True)["student"]
+    assert found["float"]["kl"] > found["start"]["kl"] and "lower optimizer.lr" in caplog.text
+
+
+def test_gradient_criteria_are_refused_on_policy() -> None:
+    with pytest.raises(ValueError, match="criterion=plainact.*criterion=magnitude"):
+        fitted(predictor(), Bce(on_policy=True), 1, criterion=PlainAct())
+
+
+def test_warm_starts_round_trip(start: Any, tmp_path: Path) -> None:
+    net = start()
+    folder = save(net, tmp_path / "p", net.info)
+    used, again = gnomon.load_predictor(folder), predictor()
+    start_from(again, str(folder), describe(tiny_host()[0]))
+    assert all(p.requires_grad for p in again.parameters()) and not again.quantized
+    inputs = torch.randn(5, len(net.taps), net.width)
+    for kind in KINDS:
+        torch.testing.assert_close(again(inputs)[kind], used(inputs)[kind], rtol=1e-5, atol=1e-5)
+        assert torch.equal(again.means[kind], used.means[kind])
+    again.quantize()
+    for name, value in used.state_dict().items():
+        torch.testing.assert_close(
+            again.state_dict()[name], value, rtol=1e-6, atol=0, equal_nan=True
+        )
+
+
+def test_warm_starts_of_something_else_are_refused(start: Any, tmp_path: Path) -> None:
+    net, spec = start(), describe(tiny_host()[0])
+    folder = str(save(net, tmp_path / "p", net.info))
+    with pytest.raises(ValueError, match=r"holds a dejavu predictor.*predictor=dejavu"):
+        start_from(predictor(Shadow), folder, spec)
+    with pytest.raises(ValueError, match=r"predictor\.rank=16.*rank=8"):
+        start_from(DejaVu.for_host(spec, rank=8), folder, spec)
+    other = describe(tiny_host("qwen2", seed=3)[0])
+    with pytest.raises(ValueError, match=f"{spec.name}.*{other.name}"):
+        start_from(predictor(), folder, other)
+    with pytest.raises(ValueError, match=r"init=.*neither a folder nor a hub id"):
+        start_from(predictor(), str(tmp_path / "nowhere"), spec)
+
+
+def test_block_settings_draw_prompts_that_fit() -> None:
+    ids, random = torch.zeros(200, 16, dtype=torch.long), torch.Generator().manual_seed(0)
+    assert set(BlockSettings().draw(ids, random)) == {"ids"}
+    drawn = BlockSettings(prompts=(0.01, 0.99)).draw(ids, random)["prompt"]
+    assert (int(drawn.min()), int(drawn.max())) == (2, 15)
+    for bad in ({"blocks": 0}, {"prompts": (0.5, 0.2)}, {"prompts": (0.0, 0.5)}):
+        with pytest.raises(ValueError, match=f"student.{next(iter(bad))}="):
+            BlockSettings(**bad)  # type: ignore[arg-type]
+
+
+def test_the_trainer_must_be_where_the_host_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Student, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match=r"trains on cpu, but the host is on meta.*host\.device"):
+        fitted(predictor(), Kl(), 1)
