@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gnomon.data.criteria import Criterion, LayerWeights, layer_weights
+from gnomon.data.backward import loss_scales, summed_loss
+from gnomon.data.criterion import Criterion
+from gnomon.data.scoring import Scorer
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, weight
 
@@ -22,28 +24,60 @@ class Capture:
 
     Attributes:
         inputs: (B, T, n_taps, W) hidden states at the taps, in the host's dtype.
-        heads: (B, T, L, H) token scores, fp32; higher = keep.
-        neurons: (B, T, L, F) token scores, fp32.
+        heads: (B, T, L, H) token scores, fp32; higher = keep. Of a criterion of sets of tokens,
+            what it keeps of each, (B, T, L, *shape).
+        neurons: (B, T, L, F) token scores, fp32; zero for a criterion of heads alone.
         valid: (B, T) positions that predict a target: unpadded, with an unpadded successor.
             Scores at padding are zero; a row's last token has no gradient.
+        ids: (B, T) the tokens.
+        criterion: what made the scores.
     """
 
     inputs: Tensor
     heads: Tensor
     neurons: Tensor
     valid: Tensor
+    ids: Tensor
+    criterion: Criterion
+
+    def values(self, kind: UnitKind) -> Tensor:
+        """What the criterion made of every token, (B, T, L, *shape)."""
+        return self.heads if kind == "heads" else self.neurons
 
     def scores(self, kind: UnitKind) -> Tensor:
-        """Token scores (B, T, L, N) of a kind."""
-        return self.heads if kind == "heads" else self.neurons
+        """Token scores (B, T, L, N) of a kind.
+
+        Raises:
+            ValueError: the criterion has none.
+        """
+        self.criterion.require("token")
+        return self.values(kind)
+
+    def pooled(self, kind: UnitKind, first: int = 0) -> Tensor:
+        """Scores (B, L, N) of each row's positions from ``first`` on together, its last aside."""
+        values = self.values(kind)[:, first:-1]
+        if "token" in self.criterion.granularities:
+            return values.sum(1)
+        pairs = zip(values, self.ids[:, first + 1 :], strict=True)
+        return torch.stack([self.criterion.pool(kind, row, targets) for row, targets in pairs])
+
+    def total(self, kind: UnitKind) -> Tensor:
+        """Sums (L, N) fp64 over the batch, of which the mean over predicting positions is made.
+
+        A score of a whole row counts once for each of its positions.
+        """
+        rows = self.pooled(kind).double()
+        alone = "token" in self.criterion.granularities
+        return rows.sum(0) * (1 if alone else self.ids.shape[1] - 1)
 
 
 class Probe:
     """Captures batch after batch of one host; keeps what does not change between batches.
 
-    The loss is the sum of cross-entropy over unpadded targets. Scores are computed inside the
-    gradient hook of each unit tensor, so that neither gradients nor activations outlive it; no
-    gradient of a host's parameter is computed.
+    The loss is the sum of cross-entropy over unpadded targets, times a power of two on float16
+    hosts (:mod:`gnomon.data.backward`). Scores are computed inside the gradient hook of each unit
+    tensor, so that neither gradients nor activations outlive it (those of a criterion that needs
+    curvature live until its second backward); no gradient of a host's parameter is computed.
 
     Args:
         model: the host, in eval mode.
@@ -52,7 +86,8 @@ class Probe:
         criterion: what makes a score.
 
     Raises:
-        ValueError: a tap outside the host, or taps of different widths.
+        ValueError: a tap outside the host, or taps of different widths; a criterion of gate and up
+            rows on a host that keeps them in no known order.
     """
 
     def __init__(
@@ -61,9 +96,8 @@ class Probe:
         self.model, self.spec, self.taps, self.criterion = model, spec, tuple(taps), criterion
         self.width = tap_width(spec, self.taps)
         self.device: torch.device = weight(model, spec.layers[0].out).device
-        self._weights: list[LayerWeights | None] = [None] * spec.L
-        if criterion.needs_weights:
-            self._weights = [layer_weights(model, spec, layer) for layer in range(spec.L)]
+        self._scorer = Scorer(model, spec, criterion)
+        self._scales = loss_scales(_dtype(model, spec), criterion.needs_gradient)
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Capture:
@@ -76,63 +110,58 @@ class Probe:
         Raises:
             ValueError: NaN or inf in a score, with its layer and unit kind.
         """
-        spec, gradient = self.spec, self.criterion.needs_gradient
+        gradient = self.criterion.needs_gradient
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(gradient))
             stack.enter_context(frozen(self.model))
+            if self.criterion.needs_curvature:  # fused attention has no second derivative
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             ids = ids.to(self.device, copy=ids.is_inference())
             real = (
                 torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) > 0
             )
-            found = Capture(
-                inputs=self._empty(ids, len(self.taps), self.width, dtype=_dtype(self.model, spec)),
-                heads=self._empty(ids, spec.L, spec.H),
-                neurons=self._empty(ids, spec.L, spec.F),
-                valid=_predicting(real),
-            )
-            hooks = stack.enter_context(HostHooks(self.model, spec))
-            self._hook(hooks, found)
-            logits = self._forward(ids, None if mask is None else real)
-            if gradient:
-                _summed_loss(logits, ids, found.valid).backward()
-        if mask is not None:
-            for kind in KINDS:
-                found.scores(kind).masked_fill_(~real[:, :, None, None], 0.0)
-        _require_finite(found)
+            for scale in self._scales:
+                found = self._run(ids, real, mask is not None, scale)
+                bad = _not_finite(found)
+                if not bad:
+                    return found
+        raise ValueError(_overflow(bad))
+
+    def _run(self, ids: Tensor, real: Tensor, padded: bool, scale: float) -> Capture:
+        """One forward, and one backward of the loss times ``scale``."""
+        found = self._new(ids, real)
+        with HostHooks(self.model, self.spec) as hooks:
+            for index, tap in enumerate(self.taps):
+                hooks.on_tap(tap, _store(found.inputs[:, :, index]))
+            self._scorer.hook(hooks, {kind: found.values(kind) for kind in KINDS}, scale)
+            logits = self._forward(ids, real if padded else None)
+            if self.criterion.needs_gradient:
+                self._scorer.backward(summed_loss(logits, ids, found.valid) * scale)
+        if padded:
+            for kind in self.criterion.kinds:
+                values = found.values(kind)
+                values.masked_fill_(~real.view(*real.shape, *[1] * (values.dim() - 2)), 0.0)
         return found
 
-    def _hook(self, hooks: HostHooks, found: Capture) -> None:
-        for index, tap in enumerate(self.taps):
-            hooks.on_tap(tap, _store(found.inputs[:, :, index]))
-        for kind in KINDS:
-            score = self.criterion.heads if kind == "heads" else self.criterion.neurons
-            for layer in range(self.spec.L):
-                out = found.scores(kind)[:, :, layer]
-                on_units = self._scorer(score, self._weights[layer], out)
-                hooks.on_units(kind, layer, on_units)
-
-    def _scorer(
-        self, score: Callable[..., Tensor], weights: LayerWeights | None, out: Tensor
-    ) -> Callable[[Tensor], Tensor | None]:
-        """The hook of one unit tensor, which writes its scores to ``out`` (B, T, N)."""
-
-        def on_units(units: Tensor) -> Tensor | None:
-            if not self.criterion.needs_gradient:
-                out.copy_(score(units, None, weights))
-                return None
-            if not units.requires_grad:  # the first units of the host: the graph begins here
-                units = units.detach().requires_grad_()
-            held = [units.detach()]  # shares storage, not the graph: no reference cycle
-
-            def on_gradient(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    out.copy_(score(held.pop(), gradient, weights))
-
-            units.register_hook(on_gradient)
-            return units
-
-        return on_units
+    def _new(self, ids: Tensor, real: Tensor) -> Capture:
+        """A capture to be filled; kinds without scores take no memory."""
+        spec = self.spec
+        nothing = torch.zeros((), device=self.device)
+        values = {
+            kind: self._empty(ids, spec.L, *self.criterion.shape(kind, spec))
+            if kind in self.criterion.kinds
+            else nothing.expand(*ids.shape, spec.L, spec.units(kind))
+            for kind in KINDS
+        }
+        return Capture(
+            inputs=self._empty(ids, len(self.taps), self.width, dtype=_dtype(self.model, spec)),
+            heads=values["heads"],
+            neurons=values["neurons"],
+            valid=_predicting(real),
+            ids=ids,
+            criterion=self.criterion,
+        )
 
     def _forward(self, ids: Tensor, real: Tensor | None) -> Tensor:
         if real is None:
@@ -209,22 +238,17 @@ def _predicting(real: Tensor) -> Tensor:
     return valid
 
 
-def _summed_loss(logits: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
-    targets = ids[:, 1:].masked_fill(~valid[:, :-1], -100).to(logits.device)
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return nnf.cross_entropy(
-        exact[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+def _not_finite(found: Capture) -> list[tuple[UnitKind, int]]:
+    """Kinds and layers whose scores hold NaN or inf; one device sync for the whole batch."""
+    kinds = found.criterion.kinds
+    sums = torch.stack([found.values(kind).flatten(3).sum(dim=(0, 1, 3)) for kind in kinds])
+    return [(kinds[k], layer) for k, layer in (~sums.isfinite()).nonzero().tolist()]
+
+
+def _overflow(bad: Sequence[tuple[UnitKind, int]]) -> str:
+    kind, layer = bad[0]
+    more = f" and {len(bad) - 1} more (layer, kind) pairs" if len(bad) > 1 else ""
+    return (
+        f"NaN or inf in the scores of {kind} in layer {layer}{more}: the host overflows on "
+        "this text; load it in bfloat16 or float32 (host.dtype=float32)"
     )
-
-
-def _require_finite(found: Capture) -> None:
-    """One device sync for the whole batch."""
-    sums = torch.stack([found.scores(kind).sum(dim=(0, 1, 3)) for kind in KINDS])
-    bad = (~sums.isfinite()).nonzero().tolist()
-    if bad:
-        kind, layer = KINDS[bad[0][0]], bad[0][1]
-        more = f" and {len(bad) - 1} more (layer, kind) pairs" if len(bad) > 1 else ""
-        raise ValueError(
-            f"NaN or inf in the scores of {kind} in layer {layer}{more}: the host overflows on "
-            "this text; load it in bfloat16 or float32 (host.dtype=float32)"
-        )

@@ -1,90 +1,48 @@
-"""Criteria: what a unit's activation and gradient say about its importance, token by token.
+"""Criteria: what a unit's activation and gradient say about its importance.
 
 With activation ``a`` and gradient ``g`` of the unit tensor at one token, of the *sum* of
-cross-entropy over unpadded targets:
+cross-entropy over unpadded targets, and Hessian ``H`` of that sum in all unit tensors together:
 
-=============  ==========================  ================  ===================================
-name           head                        neuron            from
-=============  ==========================  ================  ===================================
-``magnitude``  norm of W_h a               abs(h) norm(w)    contribution to the residual stream
-``l2norm``     norm(a)                     abs(h)            activation alone
-``plainact``   abs(sum_d a g)              abs(h g)          ShadowLLM, arXiv:2406.16635
-``fisher``     (sum_d a g)^2               (h g)^2           arXiv:2406.16635, its squared form
-``grad_norm``  norm(g)                     abs(g)            gradient alone
-=============  ==========================  ================  ===================================
+===================  ==========================  ===================  ===========================
+name                 head                        neuron               what it is
+===================  ==========================  ===================  ===========================
+``magnitude``        norm of W_h a               abs(h) norm(w_down)  contribution to the stream
+``l2norm``           norm(a)                     abs(h)               activation alone
+``plainact``         abs(sum_d a g)              abs(h g)             loss without the unit
+``plainact_weight``  as ``plainact``             sum_j abs(W G)       its weight form
+``fisher``           (sum_d a g)^2               (h g)^2              ``plainact`` squared
+``grad_norm``        norm(g)                     abs(g)               gradient alone
+``snip``             sum_d abs(g)                abs(g)               the same in the 1-norm
+``grasp``            abs(sum_d a (H g))          abs(h (H g))         gradient without the unit
+``nwot``             log det of activation patterns, both kinds       of a set of tokens
+``jacov, epenas``    correlation of gradients    none                 of a whole text
+===================  ==========================  ===================  ===========================
 
-Every score is fp32, non-negative, and higher means keep. A prompt's score is the sum over its
-continuation, a static score the sum over all tokens.
+They are those of ShadowLLM, arXiv:2406.16635; the last three are in :mod:`gnomon.data.sets`. Every
+token score is fp32, non-negative, and higher means keep. A prompt's score is the sum over its
+continuation, a static score the sum over all tokens. ``Criterion.granularities`` says what a
+criterion has scores of.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
-from torch import Tensor, einsum, nn
+from torch import Tensor
 
-from gnomon.host import HostSpec, weight
+from gnomon.data.criterion import (
+    Criterion,
+    LayerWeights,
+    SetCriterion,
+    head_magnitude,
+    layer_weights,
+    neuron_magnitude,
+)
+from gnomon.data.sets import EpeNas, Jacov, Nwot
+
+__all__ = ["SetCriterion", "layer_weights"]  # found here with the others
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """What of a layer's weights a criterion needs, in fp32.
-
-    Attributes:
-        down_norm: (F,) norm of each column of the down projection.
-        out_gram: (H, d, d) W_h^T W_h of each head's slice of the out projection.
-    """
-
-    down_norm: Tensor
-    out_gram: Tensor
-
-
-def layer_weights(model: nn.Module, spec: HostSpec, layer: int) -> LayerWeights:
-    """Reads the weights of one layer; costs one pass over them."""
-    down = weight(model, spec.layers[layer].down).detach().float()
-    out = weight(model, spec.layers[layer].out).detach().float().unflatten(1, (spec.H, spec.d))
-    return LayerWeights(down.norm(dim=0), einsum("ohd,ohe->hde", out, out))
-
-
-def neuron_magnitude(h: Tensor, weights: LayerWeights) -> Tensor:
-    """Norm of each neuron's contribution: h (..., F) -> (..., F)."""
-    return h.float().abs() * weights.down_norm
-
-
-def head_magnitude(a: Tensor, weights: LayerWeights) -> Tensor:
-    """Norm of each head's contribution: a (..., H, d) -> (..., H), as sqrt(a^T W^T W a)."""
-    a = a.float()
-    squared = (einsum("...hd,hde->...he", a, weights.out_gram) * a).sum(-1)
-    return squared.clamp_min(0).sqrt()
-
-
-class Criterion:
-    """One definition of importance: override :meth:`heads` and :meth:`neurons`.
-
-    ``g`` is None where ``needs_gradient`` is false, ``weights`` None where ``needs_weights`` is.
-    """
-
-    name: ClassVar[str]
-    version: ClassVar[str] = ""  # change it with the formula, so that old traces are not used again
-    needs_gradient: ClassVar[bool] = True
-    needs_weights: ClassVar[bool] = False
-
-    @property
-    def identity(self) -> str:
-        """What tells criteria of one name apart in the hash of a trace folder."""
-        cls = type(self)
-        return f"{cls.__module__}.{cls.__qualname__}" + (f"@{cls.version}" if cls.version else "")
-
-    def heads(self, a: Tensor, g: Tensor | None, weights: LayerWeights | None) -> Tensor:
-        """Scores (..., H), fp32, from activation and gradient (..., H, d)."""
-        raise NotImplementedError(f"{type(self).__name__}.heads")
-
-    def neurons(self, h: Tensor, g: Tensor | None, weights: LayerWeights | None) -> Tensor:
-        """Scores (..., F), fp32, from activation and gradient (..., F)."""
-        raise NotImplementedError(f"{type(self).__name__}.neurons")
 
 
 class Magnitude(Criterion):
@@ -126,6 +84,26 @@ class PlainAct(Criterion):
         return (h.float() * _given(g).float()).abs_()
 
 
+class PlainActWeight(PlainAct):
+    """``plainact`` of a neuron's weights: sum_j |W[n, j] G[n, j]|, G the gradient of the weights.
+
+    At one token G is the outer product g_n x_j of the gradient at the neuron's pre-activation and
+    what the linear reads, so that the score is |g_n| (|W| |x|)_n, exactly, without any G. A gated
+    neuron has two rows: gate and up are added, |g_gate| (|W_gate| |x|) + |g_up| (|W_up| |x|).
+    Heads are those of ``plainact``, as in ShadowLLM's code.
+
+    Deviation: of a prompt or text, ShadowLLM takes |W G| of the G that is *summed* over its tokens,
+    in which tokens cancel; here, as for every criterion, token scores are summed. By the triangle
+    inequality that is never less, and it is equal for a single token.
+    """
+
+    name = "plainact_weight"
+    reads_rows = True
+
+    def rows(self, x: Tensor, g: Tensor, w: Tensor) -> Tensor:
+        return g.float().abs() * (x.float().abs() @ w.float().abs().T)
+
+
 class Fisher(Criterion):
     """Square of ``plainact``, token by token: the empirical Fisher information of its mask."""
 
@@ -150,8 +128,47 @@ class GradNorm(Criterion):
         return _given(g).float().abs()
 
 
+class Snip(Criterion):
+    """Sum of the absolute gradient over a head's dimensions.
+
+    Deviation: this is what ShadowLLM's code computes under the name, but per head; the code takes
+    the gradient *behind* the out projection, where no head has a slice of its own. The connection
+    sensitivity of SNIP itself (arXiv:1810.02340), the gradient of a unit's 0/1 mask, is
+    ``plainact``. A neuron has one dimension, so that its score is ``grad_norm``'s.
+    """
+
+    name = "snip"
+
+    def heads(self, a: Tensor, g: Tensor | None, weights: LayerWeights | None) -> Tensor:
+        return _given(g).float().abs().sum(-1)
+
+    def neurons(self, h: Tensor, g: Tensor | None, weights: LayerWeights | None) -> Tensor:
+        return _given(g).float().abs()
+
+
+class Grasp(PlainAct):
+    """|theta H g| of GraSP (arXiv:2002.07376), theta the unit's activation: ``plainact`` with H g.
+
+    H g is the gradient of ||g||^2 / 2, where g and H are the derivatives of the loss in additions
+    to all unit tensors of the host together, at every token: two backward passes through the frozen
+    host, no approximation. To first order the score is how much removing the unit changes
+    ||g||^2 / 2.
+
+    Deviation: GraSP's -theta H g is signed, and it prunes where it is highest, so that the gradient
+    of a network still to be trained stays large. A host is never trained: what changes its gradient
+    in either direction matters, so the absolute value is taken, and higher means keep.
+    """
+
+    name = "grasp"
+    needs_curvature = True
+
+
 CRITERIA: dict[str, type[Criterion]] = {
-    c.name: c for c in (PlainAct, Fisher, L2Norm, Magnitude, GradNorm)
+    c.name: c
+    for c in (
+        *(PlainAct, PlainActWeight, Fisher, L2Norm, Magnitude, GradNorm, Snip, Grasp),
+        *(Nwot, Jacov, EpeNas),
+    )
 }
 
 

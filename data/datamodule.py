@@ -210,6 +210,7 @@ class OnlineDataModule(_RowsModule):
         self.host_batch, self.heldout_tokens = host_batch, heldout_tokens
         self.means_tokens = max(means_tokens, text.block)
         self.rows = make_rows(text.block, granularity, prompts, token_rate, seed)
+        criterion.require(granularity)
         self._probe = Probe(model, spec, taps, criterion)
         self._heldout: Raw | None = None
         self._first = _Sums(spec, self._probe.device)
@@ -320,7 +321,7 @@ class _Sums:
         """Adds every position of whole blocks but the last of each."""
         self.tokens += found.valid.shape[0] * (found.valid.shape[1] - 1)
         for kind in KINDS:
-            self._sums[kind] += found.scores(kind)[:, :-1].sum((0, 1))
+            self._sums[kind] += found.total(kind)
 
     def means(self) -> dict[UnitKind, Tensor]:
         """Mean token score (L, N) fp32 per kind."""

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from gnomon.data.backward import loss_scales
 from gnomon.data.capture import Capture, tap_width
 from gnomon.data.codes import Density, Format, density_of
-from gnomon.data.criteria import Criterion
+from gnomon.data.criterion import Criterion
 from gnomon.data.text import Text
 from gnomon.host import KINDS, HostSpec, Tap
 
@@ -29,7 +30,7 @@ class Rows:
     Attributes:
         granularity: ``token``: one row per kept position, with its token scores. ``prompt``: one
             row per prompt length P, with the input at position P-2 (what a decision at the end of
-            the prompt may see) and the sum of token scores over positions >= P-1.
+            the prompt may see) and the score of positions >= P-1 together.
         prompts: the values of P; empty for ``token``.
         per_block: rows of one block.
         seed: of the token subsample.
@@ -75,9 +76,9 @@ class Rows:
     def _prompts(self, found: Capture) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         inputs = torch.stack([found.inputs[:, p - 2] for p in self.prompts], dim=1).flatten(0, 1)
         scores: dict[str, Tensor] = {
-            kind: torch.stack(
-                [found.scores(kind)[:, p - 1 : -1].sum(1) for p in self.prompts], dim=1
-            ).flatten(0, 1)
+            kind: torch.stack([found.pooled(kind, p - 1) for p in self.prompts], dim=1).flatten(
+                0, 1
+            )
             for kind in KINDS
         }
         return inputs, scores, torch.arange(len(inputs), device=inputs.device)
@@ -177,6 +178,7 @@ def make_plan(
             f"harvest.heldout_tokens={heldout_tokens} is fewer than one block ({text.block} tokens)"
         )
     rows = make_rows(text.block, granularity, prompts, token_rate, seed)
+    criterion.require(granularity)
     densities: dict[str, float] | None = None
     if format == "bits":
         densities = {k: density_of(label_density, k) for k in KINDS}
@@ -206,6 +208,9 @@ def make_plan(
         "seed": seed,
         "world": world,
     }
+    scales = loss_scales(getattr(torch, host_dtype), criterion.needs_gradient)
+    if scales != (1.0,):
+        identity["loss_scales"] = list(scales)
     return Plan(
         spec=spec,
         taps=taps,

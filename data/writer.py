@@ -157,7 +157,7 @@ class Writer:
             began = time.monotonic()
             found = self.probe(ids)
             for kind in KINDS:
-                shard[f"{kind}_sum"] += found.scores(kind)[:, :-1].sum(1).double().sum(0).cpu()
+                shard[f"{kind}_sum"] += found.total(kind).cpu()
             raw = encode_rows(
                 *plan.rows.take(found, f"{task.split}-{self.prefix}", first, full=heldout),
                 "int8" if heldout else plan.format,

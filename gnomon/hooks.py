@@ -93,6 +93,16 @@ class HostHooks:
 
         self.add(module(self.model, path).register_forward_hook(hook))
 
+    def on_linear(self, path: str, fn: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Calls ``fn`` with what a linear reads, (B, T, W), and gives, as it is in the graph; a
+        tensor returned replaces the latter."""
+
+        @torch.compiler.disable
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return fn(self.rows(args[0]), output)
+
+        self.add(module(self.model, path).register_forward_hook(hook))
+
     def on_branch(
         self, layer: int, role: Literal["gate", "up"], fn: Callable[[Tensor], object]
     ) -> None:

@@ -28,7 +28,7 @@ class Imitation:
         density: kind -> kept fraction of the labels.
 
     Raises:
-        ValueError: a criterion that needs gradients.
+        ValueError: a criterion that needs gradients, or has no token scores.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Imitation:
                 f"objective.on_policy=true with criterion={criterion.name}: a sparse forward has "
                 "no gradient of the loss; use criterion=magnitude or l2norm, or objective=kl"
             )
+        criterion.require("token")
         self.student, self.objective, self.criterion = student, objective, criterion
         self.density = density
         self._losses: dict[UnitKind, list[Tensor]] = {}

@@ -26,7 +26,7 @@ class PredictorModule(pl.LightningModule):
 
     Args:
         predictor: trained in place.
-        objective: ``Mse`` or ``Bce``.
+        objective: ``Mse``, ``Bce`` or ``Ranking``.
         optimizer: takes parameter groups; biases come in a group without weight decay.
         scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
         density: kind -> kept fraction within a layer at which recall and mass are measured.

@@ -98,6 +98,51 @@ class Bce(Objective):
         return (logs - edge).clamp(-4, 4)
 
 
+class Ranking(Objective):
+    """Pairwise logistic loss across the edge of the top k: a smooth bound on what recall misses.
+
+    The kept units of a row and layer, lowest score first, are paired with the dropped units,
+    highest first. As many kept units lie outside the predicted top k as dropped ones inside it,
+    say m, and exactly the first m pairs are in the wrong order. With softplus(x) >= log 2 for
+    x >= 0, the sum over pairs / (k log 2) is at least m / k = 1 - recall. A pair far on the right
+    side adds next to nothing, so that capacity goes where sets change; ``bce`` asks of every unit
+    which side of one threshold it is on, whatever the others score.
+
+    Args:
+        on_policy: rows are states of the sparse host (``predictors/student_module.py``).
+    """
+
+    name = "ranking"
+    needs = "labels"
+
+    def __init__(self, on_policy: bool = False) -> None:
+        self.on_policy = on_policy
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """mean over rows, layers and pairs of softplus(z_dropped − z_kept), times pairs / k.
+
+        Raises:
+            ValueError: rows or layers that keep different numbers of units.
+        """
+        n = predicted.shape[-1]
+        k, most = (int(x) for x in target.sum(-1).aminmax())
+        if k != most or k < 1:
+            raise ValueError(
+                f"objective=ranking needs labels that keep as many units in every row and layer, "
+                f"at least one; these keep {k} to {most}: make them from scores (harvest.format)"
+            )
+        pairs = min(k, n - k)
+        if pairs == 0:
+            return predicted.sum() * 0
+        low = predicted.masked_fill(~target, torch.inf).topk(pairs, largest=False).values
+        high = predicted.masked_fill(target, -torch.inf).topk(pairs).values
+        return nn.functional.softplus(high - low).mean() * (pairs / k)
+
+    def bias(self, means: Tensor, density: float) -> Tensor:
+        """That of ``bce``: any ranking of the means would do, and this one has unit-sized gaps."""
+        return Bce().bias(means, density)
+
+
 class Kl(Objective):
     """End to end: KL divergence of the sparse host's predictions from the dense host's.
 
@@ -163,7 +208,7 @@ class Kl(Objective):
         return Bce().bias(means, density)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Mse, Bce, Kl)}
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Mse, Bce, Ranking, Kl)}
 
 
 def objective(name: str) -> Objective:

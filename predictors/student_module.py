@@ -33,7 +33,7 @@ class StudentModule(PredictorModule):
 
     Args:
         student: runs the host; it is no submodule, so that no checkpoint holds the host.
-        objective: ``Kl``, or ``Bce`` or ``Mse`` with ``on_policy``.
+        objective: ``Kl``, or another one with ``on_policy``.
         criterion: what makes a target of a unit that the sparse host has computed (not for ``Kl``).
         optimizer, scheduler, density, warm: as in :class:`PredictorModule`.
 

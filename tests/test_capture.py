@@ -18,7 +18,7 @@ def ids_of(rows: int = 2, length: int = 12) -> Tensor:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("name", ["plainact", "magnitude"])
+@pytest.mark.parametrize("name", ["plainact", "magnitude", "plainact_weight", "grasp"])
 def test_every_family(family: str, name: str) -> None:
     model, _ = tiny_host(family)
     spec = describe(model)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from gnomon.predictors.objectives import Bce, Kl, Mse, minmax, objective, total_loss
+from gnomon.data.codes import top_k
+from gnomon.predictors.objectives import (
+    Bce,
+    Kl,
+    Mse,
+    Objective,
+    Ranking,
+    minmax,
+    objective,
+    total_loss,
+)
 
 
 def test_bce_weighs_negatives_by_the_positive_rate() -> None:
@@ -30,8 +42,36 @@ def test_mse_targets_are_scaled_within_each_row_and_layer() -> None:
     torch.testing.assert_close(Mse().loss(z, s), (z - target).square().mean())
 
 
-@pytest.mark.parametrize("chosen", [Mse(), Bce(), Kl()], ids=lambda o: o.name)
-def test_training_starts_at_the_fixed_choice(chosen: Mse | Bce | Kl) -> None:
+@pytest.mark.parametrize("k", [3, 6])
+def test_ranking_bounds_the_recall_that_is_lost(k: int) -> None:
+    z = torch.randn(40, 3, 9)
+    y = top_k(torch.rand(40, 3, 9), k / 9)
+    expected, misses = [], []
+    for scores, kept in zip(z.flatten(0, 1), y.flatten(0, 1), strict=True):
+        low, high = scores[kept].sort().values, scores[~kept].sort(descending=True).values
+        pairs = list(zip(low.tolist(), high.tolist(), strict=False))
+        wrong = sum(b > a for a, b in pairs)
+        assert wrong == k - int(kept[scores.topk(k).indices].sum()), "misses are pairs turned over"
+        expected.append(sum(math.log1p(math.exp(b - a)) for a, b in pairs) / k)
+        misses.append(wrong / k)
+    loss = Ranking().loss(z, y)
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert loss / math.log(2) > sum(misses) / len(misses)
+    apart = torch.where(y, 1.0, -1.0)
+    assert Ranking().loss(50 * apart, y) < 1e-6
+    torch.testing.assert_close(Ranking().loss(apart + 8, y), Ranking().loss(apart, y))
+
+
+def test_ranking_of_odd_labels() -> None:
+    z = torch.randn(2, 1, 4, requires_grad=True)
+    Ranking().loss(z, torch.ones(2, 1, 4, dtype=torch.bool)).backward()
+    assert z.grad is not None and z.grad.eq(0).all(), "nothing to rank"
+    with pytest.raises(ValueError, match="these keep 1 to 2"):
+        Ranking().loss(z, torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]]).bool())
+
+
+@pytest.mark.parametrize("chosen", [Mse(), Bce(), Ranking(), Kl()], ids=lambda o: o.name)
+def test_training_starts_at_the_fixed_choice(chosen: Objective) -> None:
     means = torch.rand(3, 16) + 0.1
     bias = chosen.bias(means, 0.5)
     assert torch.equal(bias.argsort(-1), means.argsort(-1))
@@ -41,7 +81,7 @@ def test_training_starts_at_the_fixed_choice(chosen: Mse | Bce | Kl) -> None:
 
 
 def test_missing_rows_and_names_are_named() -> None:
-    with pytest.raises(ValueError, match="known are mse, bce, kl"):
+    with pytest.raises(ValueError, match="known are mse, bce, ranking, kl"):
         objective("rank")
     assert objective("mse").needs == "scores"
     with pytest.raises(ValueError, match="bce needs labels"):

@@ -14,6 +14,7 @@ import gnomon
 from gnomon.budget import Budget
 from gnomon.data.blocks import BlockSettings
 from gnomon.data.criteria import Criterion, Magnitude, PlainAct
+from gnomon.data.sets import Nwot
 from gnomon.data.sources import SyntheticText
 from gnomon.data.stage import prepare
 from gnomon.endtoend import Settings, make_module, start_from
@@ -21,7 +22,7 @@ from gnomon.host import KINDS, describe
 from gnomon.policies import build_policy
 from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
 from gnomon.predictors import Static as StaticPredictor
-from gnomon.predictors.objectives import Bce, Kl, Mse, Objective
+from gnomon.predictors.objectives import Bce, Kl, Mse, Objective, Ranking
 from gnomon.predictors.schedule import cosine_warmup
 from gnomon.runtime.student import Student
 from gnomon.tiny import tiny_host
@@ -143,6 +144,7 @@ def test_the_recorded_divergence_is_that_of_sparsify(start: Any) -> None:
         pytest.param(Shadow, Kl(), {"spread": "global", "protocol": "decode"}, id="kl-global"),
         pytest.param(DejaVu, Kl(), {"input_gradient": True, "head_unit": "group"}, id="kl-input"),
         pytest.param(Shadow, Bce(on_policy=True), {}, id="bce-token"),
+        pytest.param(Shadow, Ranking(on_policy=True), {}, id="ranking-token"),
         pytest.param(
             DejaVu,
             Mse(on_policy=True),
@@ -205,6 +207,8 @@ def test_training_that_ends_worse_than_it_began_says_so(
 def test_gradient_criteria_are_refused_on_policy() -> None:
     with pytest.raises(ValueError, match="criterion=plainact.*criterion=magnitude"):
         fitted(predictor(), Bce(on_policy=True), 1, criterion=PlainAct())
+    with pytest.raises(ValueError, match="criterion=nwot has no token scores"):
+        fitted(predictor(), Bce(on_policy=True), 1, criterion=Nwot())
 
 
 def test_warm_starts_round_trip(start: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from synthetic_rows import SyntheticRows
 from gnomon.host import KINDS, HostSpec, Tap
 from gnomon.predictors import DejaVu, Predictor, Shadow
 from gnomon.predictors.module import PredictorModule
-from gnomon.predictors.objectives import Bce, Mse, Objective
+from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking
 from gnomon.predictors.schedule import cosine_warmup
 from gnomon.training import checkpoint_folder, fit, resume_from, save
 
@@ -72,7 +72,7 @@ def checkpoint(folder: Path) -> ModelCheckpoint:
 
 
 @pytest.mark.parametrize("make", [shadow, dejavu], ids=["shadow", "dejavu"])
-@pytest.mark.parametrize("objective", [Bce(), Mse()], ids=["bce", "mse"])
+@pytest.mark.parametrize("objective", [Bce(), Mse(), Ranking()], ids=lambda o: o.name)
 def test_it_learns_more_than_the_fixed_choice(
     make: Any, objective: Objective, tmp_path: Path
 ) -> None:
