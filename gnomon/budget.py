@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,7 +25,9 @@ class Budget:
             units of all layers together; ``hybrid`` is global with a floor in every layer.
         bytes: byte density to reach with one common unit density, found by byte accounting;
             ``heads`` or ``neurons`` given beside it stay as given.
-        max_ppl_increase: perplexity increase to allow, e.g. 0.03: reserved for the calibrated dial.
+        max_ppl_increase: perplexity increase to allow on validation text, e.g. 0.03 for a ratio of
+            1.03; :func:`gnomon.find_budget` finds the least budget that stays within it. ``heads``
+            or ``neurons`` given beside it stay as given.
         head_unit: decide single query heads, or whole key/value groups.
         floor: least density of a layer under ``hybrid``.
 
@@ -55,25 +58,56 @@ class Budget:
             raise ValueError(
                 f"budget.head_unit={self.head_unit!r}: use {', '.join(get_args(HeadUnit))}"
             )
-        if self.max_ppl_increase is not None:
-            raise ValueError(
-                f"budget.max_ppl_increase={self.max_ppl_increase}: the calibrated dial is not "
-                "part of this release; set budget.density, budget.heads/neurons or budget.bytes"
-            )
-        if self.bytes is not None and self.density is not None:
-            raise ValueError(
-                f"budget.bytes={self.bytes} and budget.density={self.density} exclude each other: "
-                "bytes picks the density (set budget.density=null)"
-            )
-        if all(getattr(self, f) is None for f in ("density", "heads", "neurons", "bytes")):
-            raise ValueError("budget is empty: set budget.density, heads, neurons or bytes")
+        self._require_one_target()
+        targets = ("density", "heads", "neurons", "bytes", "max_ppl_increase")
+        if all(getattr(self, field) is None for field in targets):
+            raise ValueError(f"budget is empty: set one of budget.{', '.join(targets)}")
 
     def target(self, kind: UnitKind) -> float:
-        """Density of one kind, in the mean over all layers; 1 for an unsolved ``bytes`` one."""
+        """Density of one kind, in the mean over all layers; 1 for an unsolved ``bytes`` one.
+
+        Raises:
+            ValueError: ``max_ppl_increase`` has not been turned into a density.
+        """
         own = self.heads if kind == "heads" else self.neurons
         if own is not None:
             return own
+        self.require_found()
         return 1.0 if self.density is None else self.density
+
+    def require_found(self) -> None:
+        """Raises ValueError while ``max_ppl_increase`` has not been turned into a density."""
+        if self.max_ppl_increase is not None:
+            raise ValueError(
+                f"budget.max_ppl_increase={self.max_ppl_increase:g} is found on validation text, "
+                "which a budget alone does not have: call gnomon.find_budget(model, tokenizer, "
+                "make_policy, text, budget) and build the policy with the .budget that it returns"
+            )
+
+    def _require_one_target(self) -> None:
+        """At most one of ``density``, ``bytes`` and ``max_ppl_increase`` sets the open kinds."""
+        rivals = ("density", "bytes", "max_ppl_increase")
+        given = [field for field in rivals if getattr(self, field) is not None]
+        if len(given) > 1:
+            first, second = given[-1], given[0]
+            raise ValueError(
+                f"budget.{first}={getattr(self, first)} and budget.{second}="
+                f"{getattr(self, second)} exclude each other: {first} picks the density (set "
+                f"budget.{second}=null)"
+            )
+        if self.max_ppl_increase is None:
+            return
+        if not 0 < self.max_ppl_increase < math.inf:
+            raise ValueError(
+                f"budget.max_ppl_increase={self.max_ppl_increase} is a relative increase above 0: "
+                "0.03 allows a perplexity ratio of 1.03"
+            )
+        if self.heads is not None and self.neurons is not None:
+            raise ValueError(
+                f"budget.max_ppl_increase={self.max_ppl_increase:g} finds the density of heads and "
+                f"neurons, and budget.heads={self.heads:g} and budget.neurons={self.neurons:g} "
+                "leave none to find: leave one of them out"
+            )
 
 
 def layer_counts(

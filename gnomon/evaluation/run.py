@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 
 from gnomon.accounting import account, expected_density
+from gnomon.budget import Budget
 from gnomon.env import versions
 from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench, density_result, targets
+from gnomon.evaluation.dial import Validation, solved
 from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import (
     collect_warnings,
@@ -94,10 +96,15 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     if found.predictor is not None:
         found.predictor.check(criterion=policy.get("criterion"), rank=policy.get("rank"))
     means = find_means(found, root, bench.spec)
-    subject = make_subject(policy, budget, found, means, root, bench.spec)
-    results = start_results(bench, subject, found, subject.params, command=command, seed=seed)
     for measure in measures:
         measure.check(bench)
+
+    def subject_at(budget: Budget) -> Subject:
+        return make_subject(policy, budget, found, means, root, bench.spec)
+
+    plan = Validation(**settings.get("validation", {}))
+    subject = solved(bench, settings["text"], plan, budget, subject_at)
+    results = start_results(bench, subject, found, subject.params, command=command, seed=seed)
     with collect_warnings() as warnings:
         leaks = [overlap(bench, source) for source in (found, *subject.inside)]
         for leak in filter(None, leaks):

@@ -208,8 +208,10 @@ class Policy:
         """Checks the policy against a host and fixes how many units each layer keeps.
 
         Raises:
-            ValueError: the predictor belongs to another host, or the budget cannot be met.
+            ValueError: the predictor belongs to another host, or the budget cannot be met or has
+                not been found yet (``max_ppl_increase``).
         """
+        self.budget.require_found()
         self.start(model, spec or describe(model))
         self.settle(self._resolve())
 
