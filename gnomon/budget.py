@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gnomon.allocation import Sensitivity
 from gnomon.host import HostSpec, UnitKind
 
-Spread = Literal["layer", "global", "hybrid"]
+Spread = Literal["layer", "global", "hybrid", "calibrated"]
 HeadUnit = Literal["head", "group"]
 
 
@@ -22,14 +23,18 @@ class Budget:
         heads: density of query heads; overrides ``density``. A kind that nothing sets stays dense.
         neurons: density of FFN neurons; overrides ``density``.
         spread: ``layer`` keeps K = max(1, round(density·N)) in every layer; ``global`` ranks the
-            units of all layers together; ``hybrid`` is global with a floor in every layer.
-        bytes: byte density to reach with one common unit density, found by byte accounting;
+            units of all layers together; ``hybrid`` is global with a floor in every layer;
+            ``calibrated`` gives every layer a K of its own, by measured sensitivity.
+        bytes: byte density to reach, found by byte accounting, with one common unit density, or
+            under ``calibrated`` with those of heads and neurons that lose the least together;
             ``heads`` or ``neurons`` given beside it stay as given.
         max_ppl_increase: perplexity increase to allow on validation text, e.g. 0.03 for a ratio of
             1.03; :func:`gnomon.find_budget` finds the least budget that stays within it. ``heads``
             or ``neurons`` given beside it stay as given.
         head_unit: decide single query heads, or whole key/value groups.
         floor: least density of a layer under ``hybrid``.
+        sensitivity: what ``calibrated`` goes by: ``gnomon.load_predictor(<calibration>)
+            .sensitivity``. In configs ``auto``, a folder or a hub id.
 
     Raises:
         ValueError: a density outside (0, 1], conflicting or missing fields.
@@ -43,6 +48,7 @@ class Budget:
     max_ppl_increase: float | None = None
     head_unit: HeadUnit = "head"
     floor: float = 0.1
+    sensitivity: Sensitivity | str | None = None
 
     def __post_init__(self) -> None:
         for field in ("density", "heads", "neurons", "bytes", "floor"):
@@ -62,6 +68,11 @@ class Budget:
         targets = ("density", "heads", "neurons", "bytes", "max_ppl_increase")
         if all(getattr(self, field) is None for field in targets):
             raise ValueError(f"budget is empty: set one of budget.{', '.join(targets)}")
+
+    @property
+    def fixed_counts(self) -> bool:
+        """Whether every decision of a layer keeps the same number of units."""
+        return self.spread in ("layer", "calibrated")
 
     def target(self, kind: UnitKind) -> float:
         """Density of one kind, in the mean over all layers; 1 for an unsolved ``bytes`` one.
@@ -113,7 +124,7 @@ class Budget:
 def layer_counts(
     budget: Budget, spec: HostSpec, kind: UnitKind, decided: Sequence[bool]
 ) -> list[int]:
-    """Units kept in each layer under ``spread=layer``.
+    """Units kept in each layer under ``spread=layer`` and ``calibrated``.
 
     Layers that the policy cannot decide stay dense and count: the others go lower, so that the mean
     over all layers meets the target. With ``head_unit=group`` counts are in key/value groups.
@@ -125,7 +136,8 @@ def layer_counts(
         L counts.
 
     Raises:
-        ValueError: the dense layers alone exceed the budget.
+        ValueError: the dense layers alone exceed the budget, or ``calibrated`` has no sensitivity
+            of this host.
     """
     n, target = choices(budget, spec, kind), budget.target(kind)
     free = sum(decided)
@@ -139,6 +151,9 @@ def layer_counts(
             f"{spec.L} dense, which alone is {(spec.L - free) / spec.L:.3f}. Raise the density or "
             "use a predictor that reads an earlier layer"
         )
+    if budget.spread == "calibrated":
+        total = round(target * n * spec.L) - (spec.L - free) * n
+        return sensitivity_of(budget, spec).counts(kind, n, total, decided)
     k = max(1, round(rest * n))
     return [k if d else n for d in decided]
 
@@ -168,3 +183,19 @@ def choices(budget: Budget, spec: HostSpec, kind: UnitKind) -> int:
     if kind == "heads" and budget.head_unit == "group":
         return spec.G
     return spec.units(kind)
+
+
+def sensitivity_of(budget: Budget, spec: HostSpec) -> Sensitivity:
+    """The sensitivities that ``spread=calibrated`` goes by.
+
+    Raises:
+        ValueError: none are given, or they are another host's.
+    """
+    if not isinstance(budget.sensitivity, Sensitivity):
+        raise ValueError(
+            f"budget.spread='calibrated' goes by measured sensitivities, and budget.sensitivity="
+            f"{budget.sensitivity!r}: give gnomon.load_predictor(<folder>).sensitivity of a "
+            "calibration; python train.py predictor=calibration makes one"
+        )
+    budget.sensitivity.check_host(spec)
+    return budget.sensitivity

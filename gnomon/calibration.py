@@ -1,9 +1,10 @@
-"""Measuring a :class:`Calibration`: two dense passes over calibration text.
+"""Measuring a :class:`Calibration`: a few dense passes over calibration text.
 
-The first pass collects all but one table; CHESS ranks a gate's channels by |act(gate)| times the
-mean |up| of the channel, which is known after it, so that gated hosts are run twice. Quantiles are
-those of all values of a layer together: they are read off a histogram over the float's own bits
-(128 bins an octave), so memory does not grow with the text.
+The first pass collects all but one table and the sensitivities (:mod:`gnomon.sensitivity`); CHESS
+ranks a gate's channels by |act(gate)| times the mean |up| of the channel, which is known after it,
+so that gated hosts are run twice. Quantiles are those of all values of a layer together: they are
+read off a histogram over the float's own bits (128 bins an octave), so memory does not grow with
+the text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gnomon.hooks import HostHooks
 from gnomon.host import HostSpec, Tap
 from gnomon.predictors.base import PredictorInfo
 from gnomon.predictors.calibration import POINTS, Calibration
+from gnomon.sensitivity import TruncationError, measure_loss
 from gnomon.stream import watch_stream
 from gnomon.training import versions
 
@@ -120,8 +122,9 @@ def measure(
     """Fills a calibration from token ids (n, block); see :func:`calibrate`."""
     device = next(model.parameters()).device
     rows = ids.numel()
-    passes: list[_Pass] = [_First(into, model, spec, rows)]
+    passes: list[_Pass | TruncationError] = [_First(into, model, spec, rows)]
     passes += [_GateUp(into, spec)] if spec.gated else []
+    passes += [TruncationError(into, model, spec, rows)] if into.measure == "cett" else []
     for one in passes:
         with HostHooks(model, spec) as hooks:
             one.hook(hooks)
@@ -129,6 +132,8 @@ def measure(
                 model(input_ids=part.to(device), use_cache=False)
                 advance(len(part))
         one.store()
+    if into.measure == "loss":
+        measure_loss(into, model, spec, ids[: max(1, into.loss_tokens // ids.shape[1])])
 
 
 class _Pass:

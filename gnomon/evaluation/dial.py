@@ -214,7 +214,7 @@ def search(bench: Bench, make: Identified, budget: Budget, steps: int = 7) -> Fo
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     if high == 1.0:
-        high = 1.0 - 1.0 / max(bench.spec.F, bench.spec.H)
+        high = 1.0 if budget.spread == "calibrated" else 1.0 - 1.0 / bench.spec.F
         if not within(high):
             raise _unreachable(trials, budget)
     _require_turns(trials, budget)
@@ -262,6 +262,8 @@ def solved(
 
 def _at(budget: Budget, setting: float) -> Budget:
     """The budget with the dial at a setting."""
+    if budget.spread == "calibrated":
+        return replace(budget, max_ppl_increase=None, bytes=setting)
     return replace(budget, max_ppl_increase=None, density=setting)
 
 
@@ -298,7 +300,7 @@ def _unreachable(trials: list[Trial], budget: Budget) -> ValueError:
     found = last.refusal or f"the perplexity ratio there is {last.ratio:.4f}"
     return ValueError(
         f"budget.max_ppl_increase={budget.max_ppl_increase:g} is not reached on validation text "
-        f"even at {last.setting:.4f}, all but one unit: {found}. Allow more, use a better policy, "
+        f"even at {last.setting:.4f}, next to dense: {found}. Allow more, use a better policy, "
         "or set budget.heads=1 or budget.neurons=1 to keep the kind that costs most"
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 
 from gnomon.accounting import account, expected_density
+from gnomon.allocation import Sensitivity
 from gnomon.budget import Budget
 from gnomon.env import versions
 from gnomon.evaluation.baseline import host_key
@@ -34,6 +35,7 @@ from gnomon.evaluation.subject import (
     make_subject,
     overlap,
     require_policy,
+    with_sensitivity,
 )
 from gnomon.evaluation.tasks import Tasks
 from gnomon.host import describe
@@ -102,6 +104,7 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     def subject_at(budget: Budget) -> Subject:
         return make_subject(policy, budget, found, means, root, bench.spec)
 
+    budget = with_sensitivity(budget, root, bench.spec)
     plan = Validation(**settings.get("validation", {}))
     subject = solved(bench, settings["text"], plan, budget, subject_at)
     results = start_results(bench, subject, found, subject.params, command=command, seed=seed)
@@ -207,6 +210,8 @@ def start_results(
         "kv": policy.kv,
         "params": dict(params) | {"spread": policy.budget.spread},
     }
+    if isinstance(policy.budget.sensitivity, Sensitivity):
+        about["params"]["sensitivity"] = policy.budget.sensitivity.facts
     if found.predictor is not None:
         about["predictor"] = describe_predictor(found)
     prompt = bench.protocol.prompt_length

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from gnomon.accounting import Density, HostBytes, Role, solve_bytes
-from gnomon.budget import Budget, choices, layer_counts
+from gnomon.accounting import Density, HostBytes, Role
+from gnomon.budget import Budget, choices, layer_counts, sensitivity_of
+from gnomon.byte_budget import solve_bytes
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.statistic import PromptStatistic
@@ -113,11 +114,7 @@ class Policy:
                 "policy.kv='drop' needs a decision that is fixed for the sequence: use "
                 "policy.refresh=prompt or static, or policy.kv=keep"
             )
-        if budget.spread not in self.spreads:
-            raise ValueError(
-                f"policy={self.name} does not offer budget.spread={budget.spread!r}: use "
-                f"{', '.join(self.spreads)}"
-            )
+        self._offer("budget.spread", budget.spread, self.spreads)
 
     # -- what a subclass says -------------------------------------------------------------------
 
@@ -218,6 +215,8 @@ class Policy:
     def start(self, model: nn.Module, spec: HostSpec) -> None:
         """First half of :meth:`bind`: the host, while the budget's bytes are not solved yet."""
         self.spec, self.bytes = spec, HostBytes.of(model, spec)
+        if self.budget.spread == "calibrated":
+            sensitivity_of(self.budget, spec)
         self.prepare(model)
         self.resolved = replace(self.budget, bytes=None, density=0.5)
 
@@ -244,7 +243,7 @@ class Policy:
         """Units that every decision of a layer keeps; None where the number varies by decision."""
         if self.keeps_all(kind, layer):
             return self.spec.units(kind)
-        if self.resolved.spread != "layer":
+        if not self.resolved.fixed_counts:
             return None
         grouped = kind == "heads" and self.resolved.head_unit == "group"
         return self.counts[kind][layer] * (self.spec.group_size if grouped else 1)
@@ -265,7 +264,7 @@ class Policy:
         return scores
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
-        """Turns the scores of one layer into its active set; ``spread=layer`` by default."""
+        """Turns the scores of one layer into its active set: its best K by default."""
         return topk_mask(scores, self.counts[kind][layer])
 
     def count_layers(self, kind: UnitKind) -> list[int]:
@@ -276,13 +275,12 @@ class Policy:
         return layer_counts(self.resolved, self.spec, kind, decided)
 
     def _resolve(self) -> Budget:
-        if self.budget.bytes is None:
-            return self.budget
-        density = solve_bytes(self, self.budget)
-        return replace(self.budget, bytes=None, density=density)
+        return self.budget if self.budget.bytes is None else solve_bytes(self, self.budget)
 
     def _own(self, budget: Budget) -> Budget:
         """The budget with the kinds that the policy does not decide kept whole."""
+        if budget.spread == "calibrated" and "calibrated" not in self.spreads:
+            self._offer("budget.spread", budget.spread, self.spreads)
         for kind in KINDS:
             asked = getattr(budget, kind)
             if kind not in self.kinds and asked not in (None, 1):

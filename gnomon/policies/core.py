@@ -54,7 +54,7 @@ class Core(Wrapper):
         super().settle(budget)
         core = round(self.share * self.spec.F)
         for layer, kept in enumerate(self.counts["neurons"]):
-            if not self.keeps_all("neurons", layer) and budget.spread == "layer" and kept < core:
+            if not self.keeps_all("neurons", layer) and budget.fixed_counts and kept < core:
                 raise ValueError(
                     f"budget.neurons={budget.target('neurons'):g} keeps {kept} of {self.spec.F} "
                     f"neurons in layer {layer}, fewer than the {core} of the core: raise it, or "
