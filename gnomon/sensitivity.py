@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gnomon.data.criteria import LayerWeights, head_magnitude, layer_weights, neuron_magnitude
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, UnitKind, weight
-from gnomon.kernels.topk_mask import topk_mask
+from gnomon.kernels.topk_mask import ranked
 from gnomon.predictors.calibration import Calibration
 
 Advance = Callable[[int], object]
@@ -55,9 +55,10 @@ class TruncationError:
         paths, units = self.spec.layers[layer], units.detach().float()
         turn = weight(self.model, paths.out if kind == "heads" else paths.down).detach().float().t()
         whole = (_flat(kind, units) @ turn).norm(dim=-1).clamp_min(1e-30)
+        place_of = ranking(kind, units, self.weights[layer])  # one sort serves all densities
         for place, density in enumerate(self.into.densities):
-            keep = choose(kind, units, self.weights[layer], density)
-            lost = (_flat(kind, _masked(kind, units, ~keep)) @ turn).norm(dim=-1)
+            out = place_of >= round(density * self.spec.units(kind))
+            lost = (_flat(kind, _masked(kind, units, out)) @ turn).norm(dim=-1)
             self.sums[kind][layer, place] += (lost / whole).double().sum().cpu()
 
 
@@ -74,7 +75,8 @@ class _OneSparse:
     def _mask(self, kind: UnitKind, layer: int, units: Tensor) -> Tensor | None:
         if self.at is None or self.at[:2] != (kind, layer):
             return None
-        return _masked(kind, units, choose(kind, units, self.weights[layer], self.at[2]))
+        place_of = ranking(kind, units, self.weights[layer])
+        return _masked(kind, units, place_of < round(self.at[2] * place_of.shape[-1]))
 
 
 @torch.no_grad()
@@ -106,11 +108,12 @@ def measure_loss(
         into.errors[kind].copy_(sums[kind] / ids.numel())
 
 
-def choose(kind: UnitKind, units: Tensor, weights: LayerWeights, density: float) -> Tensor:
-    """The oracle's choice: bool (B, T, N), round(density·N) units of every token; none at 0."""
+def ranking(kind: UnitKind, units: Tensor, weights: LayerWeights) -> Tensor:
+    """Place of each unit in the oracle's order of its token, 0 for the largest: (B, T, N)."""
     measure = head_magnitude if kind == "heads" else neuron_magnitude
-    scores = measure(units, weights)
-    return topk_mask(scores, round(density * scores.shape[-1]))
+    order = ranked(measure(units, weights)).sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def _masked(kind: UnitKind, units: Tensor, keep: Tensor) -> Tensor:

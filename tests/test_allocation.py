@@ -29,7 +29,7 @@ from gnomon.policies import SkipSublayers, Static, Teal
 from gnomon.policies.oracle import Oracle
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.folder import load_predictor, write_folder
-from gnomon.sensitivity import choose
+from gnomon.sensitivity import ranking
 from gnomon.tiny import tiny_host
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def test_loss_is_the_divergence_when_one_layer_is_sparse() -> None:
         weights = oracle._weights[1]
 
         def mask(_, args):
-            return (args[0] * choose("neurons", args[0], weights, 0.5),)
+            return (args[0] * (ranking("neurons", args[0], weights) < 16),)
 
         hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(mask)
         sparse = model(ids).logits.log_softmax(-1)

@@ -17,7 +17,6 @@ from gnomon.budget import Budget
 from gnomon.env import versions
 from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench, density_result, targets
-from gnomon.evaluation.dial import Validation, solved
 from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import (
     collect_warnings,
@@ -38,6 +37,7 @@ from gnomon.evaluation.subject import (
     with_sensitivity,
 )
 from gnomon.evaluation.tasks import Tasks
+from gnomon.evaluation.validation import Validation, solved
 from gnomon.host import describe
 from gnomon.runtime.backends import choose_backend
 
