@@ -120,20 +120,23 @@ def measure(
     advance: Callable[[int], object] = lambda blocks: None,
 ) -> None:
     """Fills a calibration from token ids (n, block); see :func:`calibrate`."""
+    few = ids[: max(1, into.sensitivity_tokens // ids.shape[1])]
+    passes: list[tuple[_Pass | TruncationError, Tensor]] = [
+        (_First(into, model, spec, ids.numel()), ids)
+    ]
+    passes += [(_GateUp(into, spec), ids)] if spec.gated else []
+    if into.measure == "cett":
+        passes.append((TruncationError(into, model, spec, few.numel()), few))
     device = next(model.parameters()).device
-    rows = ids.numel()
-    passes: list[_Pass | TruncationError] = [_First(into, model, spec, rows)]
-    passes += [_GateUp(into, spec)] if spec.gated else []
-    passes += [TruncationError(into, model, spec, rows)] if into.measure == "cett" else []
-    for one in passes:
+    for one, blocks in passes:
         with HostHooks(model, spec) as hooks:
             one.hook(hooks)
-            for part in ids.split(batch):
+            for part in blocks.split(batch):
                 model(input_ids=part.to(device), use_cache=False)
                 advance(len(part))
         one.store()
     if into.measure == "loss":
-        measure_loss(into, model, spec, ids[: max(1, into.loss_tokens // ids.shape[1])])
+        measure_loss(into, model, spec, few)
 
 
 class _Pass:

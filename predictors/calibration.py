@@ -37,7 +37,7 @@ class Calibration(Predictor):
         sensitivity: measured for ``budget.spread=calibrated``: ``cett``, ``loss``
             (:mod:`gnomon.sensitivity`), or None.
         grid: densities at which it is, ascending in (0, 1).
-        loss_tokens: tokens of the text that ``loss`` takes; its cost is 2·L·len(grid) passes.
+        sensitivity_tokens: first tokens of the text that it is measured on.
 
     Attributes:
         up_mean: (L, F) mean |up-projection output| of every neuron; gated hosts alone.
@@ -63,11 +63,11 @@ class Calibration(Predictor):
         gated: bool,
         sensitivity: Measure | None = None,
         grid: Sequence[float] = GRID,
-        loss_tokens: int = 1024,
+        sensitivity_tokens: int = 1024,
     ) -> None:
         super().__init__(L, H, F, 0, ())
         self.gated, self.measure = gated, sensitivity
-        self.loss_tokens, self.densities = loss_tokens, (0.0, *map(float, grid))
+        self.sensitivity_tokens, self.densities = sensitivity_tokens, (0.0, *map(float, grid))
         self._check()
         self.tables = TABLES + (GATED if gated else ())
         for table in self.tables:
@@ -85,10 +85,10 @@ class Calibration(Predictor):
         spec: HostSpec,
         sensitivity: Measure | None = None,
         grid: Sequence[float] = GRID,
-        loss_tokens: int = 1024,
+        sensitivity_tokens: int = 1024,
     ) -> Self:
         """An empty one, sized for a host."""
-        return cls(spec.L, spec.H, spec.F, spec.gated, sensitivity, grid, loss_tokens)
+        return cls(spec.L, spec.H, spec.F, spec.gated, sensitivity, grid, sensitivity_tokens)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Calibration(Predictor):
         sizes = {"L": self.L, "H": self.H, "F": self.F, "gated": self.gated}
         if self.measure is None:
             return sizes
-        grid = {"grid": list(self.densities[1:]), "loss_tokens": self.loss_tokens}
+        grid = {"grid": list(self.densities[1:]), "sensitivity_tokens": self.sensitivity_tokens}
         return sizes | {"sensitivity": self.measure} | grid
 
     @property
@@ -124,7 +124,8 @@ class Calibration(Predictor):
             heads=rows["heads"],
             neurons=rows["neurons"],
             spec_hash=info.spec_hash,
-            source=f"{info.text or 'unknown text'}, {info.tokens} tokens ({info.text_digest[:16]})",
+            source=f"{info.text or 'unknown text'}, first {self.sensitivity_tokens} of "
+            f"{info.tokens} tokens ({info.text_digest[:16]})",
         )
 
     def decided_from(self, kind: UnitKind, layer: int) -> Tap | None:
@@ -164,8 +165,10 @@ class Calibration(Predictor):
         grid = list(self.densities)
         if grid != sorted({*grid}) or len(grid) < 2 or grid[-1] >= 1:
             raise ValueError(f"predictor.grid={grid[1:]}: use ascending densities between 0 and 1")
-        if self.loss_tokens < 1:
-            raise ValueError(f"predictor.loss_tokens={self.loss_tokens}: use 1 or more")
+        if self.sensitivity_tokens < 1:
+            raise ValueError(
+                f"predictor.sensitivity_tokens={self.sensitivity_tokens}: use 1 or more"
+            )
 
     def card(self) -> str:
         """README.md of the folder."""
