@@ -58,7 +58,8 @@ class Sensitivity:
             raise ValueError(
                 f"budget.sensitivity was measured on a host of {len(self.heads)} layers (spec "
                 f"{self.spec_hash or 'unknown'}), and this host is {spec.name!r} with {spec.L} "
-                f"(spec {spec.hash}): python train.py predictor=calibration makes its own"
+                f"(spec {spec.hash}): make one of its own "
+                "(python train.py predictor=calibration predictor.sensitivity=loss)"
             )
 
     def gains(self, kind: UnitKind, n: int, decided: Sequence[bool]) -> Floats:

@@ -195,7 +195,7 @@ def sensitivity_of(budget: Budget, spec: HostSpec) -> Sensitivity:
         raise ValueError(
             f"budget.spread='calibrated' goes by measured sensitivities, and budget.sensitivity="
             f"{budget.sensitivity!r}: give gnomon.load_predictor(<folder>).sensitivity of a "
-            "calibration; python train.py predictor=calibration makes one"
+            "calibration (python train.py predictor=calibration predictor.sensitivity=loss)"
         )
     budget.sensitivity.check_host(spec)
     return budget.sensitivity

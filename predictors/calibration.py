@@ -114,7 +114,7 @@ class Calibration(Predictor):
         if self.measure is None:
             raise ValueError(
                 "budget.spread='calibrated': this calibration holds no sensitivities: make one "
-                "with python train.py predictor=calibration predictor.sensitivity=cett (or loss)"
+                "with python train.py predictor=calibration predictor.sensitivity=loss (or cett)"
             )
         rows = {k: tuple(map(tuple, self.errors[k].double().tolist())) for k in KINDS}
         info = self.info

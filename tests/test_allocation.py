@@ -248,7 +248,7 @@ def test_what_is_missing_or_foreign_is_named() -> None:
         Teal(calibration(model), calibrated(density=0.5))
     with pytest.raises(ValueError, match=r"policy=skip_sublayers does not offer budget.spread"):
         SkipSublayers(calibrated(density=0.5))
-    with pytest.raises(ValueError, match="holds no sensitivities.*predictor.sensitivity=cett"):
+    with pytest.raises(ValueError, match="holds no sensitivities.*predictor.sensitivity=loss"):
         calibration(model).sensitivity  # noqa: B018
     with pytest.raises(ValueError, match="predictor.sensitivity='size'"):
         Calibration.for_host(spec, "size")  # type: ignore[arg-type]
