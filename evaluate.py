@@ -21,9 +21,9 @@ if __name__ == "__main__":  # Hugging Face `evaluate` and PyPI `kernels` must no
     here = Path(gnomon.__file__).resolve().parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
-from gnomon.errors import one_line
+from gnomon.errors import Refused, one_line
 from gnomon.evaluation import report, run
-from gnomon.evaluation.results import Refused, write_refusal
+from gnomon.evaluation.results import write_refusal
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="evaluate")
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> float | None:
     except Refused as error:
         if hydra_config.mode != RunMode.MULTIRUN:
             raise
-        write_refusal(folder, cfg.policy.name, error)
+        write_refusal(folder, cfg.policy.get("label") or cfg.policy.name, error)
         return None
     if cfg.get("logger") is not None:
         from gnomon.evaluation import log  # slow to import

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gnomon import policies as policies
     from gnomon.budget import Budget as Budget
+    from gnomon.evaluation.dial import find_budget as find_budget
     from gnomon.host import HostSpec as HostSpec
     from gnomon.host import Tap as Tap
     from gnomon.host import describe as describe
@@ -26,6 +27,7 @@ _WHERE = {
     "Policy": "gnomon.policies.base",
     "Tap": "gnomon.host",
     "describe": "gnomon.host",
+    "find_budget": "gnomon.evaluation.dial",
     "generate": "gnomon.runtime.generate",
     "load_host": "gnomon.loading",
     "load_predictor": "gnomon.predictors.folder",

@@ -184,59 +184,18 @@ def account(
 def expected_density(policy: Policy, budget: Budget) -> Density:
     """Densities a budget aims at; active groups as if heads were drawn at random."""
     rows = {kind: policy.expected(kind, budget) for kind in KINDS}
-    groups = [_groups(policy.spec, budget, heads) for heads in rows["heads"]]
+    groups = [active_groups(policy.spec, budget, heads) for heads in rows["heads"]]
     heads, neurons, active = (sum(x) / len(x) for x in (*rows.values(), groups))
     channels = {str(role): policy.channel_density(role, budget) for role in policy.channels}
     return Density(heads, neurons * channels.get("down", 1.0), active, channels=channels)
 
 
-def _groups(spec: HostSpec, budget: Budget, heads: float) -> float:
+def active_groups(spec: HostSpec, budget: Budget, heads: float) -> float:
     """Expected share of groups with an active head where a share of the heads is."""
     if budget.head_unit == "group" or heads in (0, 1):
         return heads
     kept = max(1, round(heads * spec.H))
     return 1 - math.comb(spec.H - spec.group_size, kept) / math.comb(spec.H, kept)
-
-
-def solve_bytes(policy: Policy, budget: Budget, steps: int = 40) -> float:
-    """The common unit density at which a byte budget is met, by bisection.
-
-    Raises:
-        ValueError: the parts that no density removes (output head, cache, predictor) exceed it.
-    """
-
-    def cost(density: float) -> float:
-        trial = Budget(
-            density=density,
-            heads=budget.heads,
-            neurons=budget.neurons,
-            head_unit=budget.head_unit,
-        )
-        return account(
-            policy, expected_density(policy, trial), dtype=policy.bytes_dtype
-        ).byte_density
-
-    target = budget.bytes or 1.0
-    low, high = _least(policy) + 1e-3, 1.0
-    if cost(low) > target:
-        raise ValueError(
-            f"budget.bytes={target:g} cannot be reached by policy={policy.name}: with no units "
-            f"kept it still reads {cost(low):.3f} of the dense bytes. Raise budget.bytes or use a "
-            "smaller predictor"
-        )
-    if cost(high) <= target:
-        return 1.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) > target else (middle, high)
-    return low
-
-
-def _least(policy: Policy) -> float:
-    """Density taken by the layers that the policy must keep dense."""
-    spec = policy.spec
-    forced = [sum(not policy.decides(kind, i) for i in range(spec.L)) for kind in KINDS]
-    return max(n if n < spec.L else 0 for n in forced) / spec.L
 
 
 def _spread(refresh: str) -> float:

@@ -1,9 +1,10 @@
-"""Measuring a :class:`Calibration`: two dense passes over calibration text.
+"""Measuring a :class:`Calibration`: a few dense passes over calibration text.
 
-The first pass collects all but one table; CHESS ranks a gate's channels by |act(gate)| times the
-mean |up| of the channel, which is known after it, so that gated hosts are run twice. Quantiles are
-those of all values of a layer together: they are read off a histogram over the float's own bits
-(128 bins an octave), so memory does not grow with the text.
+The first pass collects all but one table and the sensitivities (:mod:`gnomon.sensitivity`); CHESS
+ranks a gate's channels by |act(gate)| times the mean |up| of the channel, which is known after it,
+so that gated hosts are run twice. Quantiles are those of all values of a layer together: they are
+read off a histogram over the float's own bits (128 bins an octave), so memory does not grow with
+the text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gnomon.hooks import HostHooks
 from gnomon.host import HostSpec, Tap
 from gnomon.predictors.base import PredictorInfo
 from gnomon.predictors.calibration import POINTS, Calibration
+from gnomon.sensitivity import TruncationError, measure_loss
 from gnomon.stream import watch_stream
 from gnomon.training import versions
 
@@ -119,17 +121,23 @@ def measure(
     advance: Callable[[int], object] = lambda blocks: None,
 ) -> None:
     """Fills a calibration from token ids (n, block); see :func:`calibrate`."""
+    few = ids[: max(1, into.sensitivity_tokens // ids.shape[1])]
+    passes: list[tuple[_Pass | TruncationError, Tensor]] = [
+        (_First(into, model, spec, ids.numel()), ids)
+    ]
+    passes += [(_GateUp(into, spec), ids)] if spec.gated else []
+    if into.measure == "cett":
+        passes.append((TruncationError(into, model, spec, few.numel()), few))
     device = next(model.parameters()).device
-    rows = ids.numel()
-    passes: list[_Pass] = [_First(into, model, spec, rows)]
-    passes += [_GateUp(into, spec)] if spec.gated else []
-    for one in passes:
+    for one, blocks in passes:
         with HostHooks(model, spec) as hooks:
             one.hook(hooks)
-            for part in ids.split(batch):
+            for part in blocks.split(batch):
                 model(input_ids=part.to(device), use_cache=False)
                 advance(len(part))
         one.store()
+    if into.measure == "loss":
+        measure_loss(into, model, spec, few)
 
 
 class _Pass:

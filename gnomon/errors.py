@@ -13,6 +13,10 @@ R = TypeVar("R")
 STATUS = 2  # exit status of a user error, as argparse has it
 
 
+class Refused(ValueError):
+    """A policy does not apply to a host, or cannot meet a budget: a sweep goes on without it."""
+
+
 def one_line(main: Callable[P, R]) -> Callable[P, R]:
     """Turns a ValueError or OSError of an entry point into its message and exit status 2.
 

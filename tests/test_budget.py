@@ -82,7 +82,6 @@ def test_global_counts_keep_the_total_and_the_floor() -> None:
         ({}, "budget is empty"),
         ({"density": 0.5, "spread": "wide"}, "spread='wide'"),
         ({"density": 0.5, "head_unit": "pair"}, "head_unit='pair'"),
-        ({"max_ppl_increase": 0.03}, "max_ppl_increase"),
     ],
 )
 def test_bad_budgets_are_named(fields: dict, message: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import gnomon.evaluate as entry
+from gnomon.errors import Refused
 from gnomon.evaluation.by_bytes import markdown_by_bytes
 from gnomon.evaluation.figure_lines import lines_of, panels, style, within
 from gnomon.evaluation.report import read_refusals, show_sweep
-from gnomon.evaluation.results import Refused, refusing, write_refusal
+from gnomon.evaluation.results import write_refusal
 from gnomon.evaluation.rows import merge
 from tests.test_report import density, run, sweep, texts
 
@@ -93,11 +94,31 @@ def test_a_sweep_goes_on_past_a_refusal(tmp_path: Path, capsys):
     assert read_refusals(folder) == ["griffin: budget.bytes=0.1 cannot be reached"]
 
 
-def test_what_binding_refuses_is_told_from_other_errors():
-    with pytest.raises(Refused, match="of this host"), refusing():
-        raise ValueError("cats needs a gate; of this host there is none")
-    with pytest.raises(KeyError), refusing():
-        raise KeyError("not the user's")
+def test_a_mistake_ends_a_sweep(tmp_path: Path, monkeypatch, capsys):
+    """A parameter that does not exist is no refusal: nothing would be measured as it was meant."""
+    command = (
+        "evaluate.py -m experiment=smoke_eval policy=griffin +policy.params.varient=half "
+        f"paths.root={tmp_path} hydra.sweep.dir={tmp_path / 'sweep'}"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 2
+    assert "varient" in capsys.readouterr().err
+
+
+def test_a_policy_that_was_run_stands_for_its_brackets():
+    """griffin's random bracket keeps every head, a run of random does not: one line, the run's."""
+    bracket = {"policy": "random", "density": density(1, 0.3, 0.9), "quality": texts(1.2)}
+    bracket["density"]["target"]["bytes"] = 0.9
+    griffin = at("griffin", 0.9, 2.0) | {"brackets": [bracket]}
+    rows = merge([griffin, at("griffin", 0.8, 2.5), at("random", 0.9, 50.0)])
+    table = markdown_by_bytes(rows)
+    assert table is not None
+    assert "| random | 50.00 | – |" in table
+    assert [len(points) for points in lines_of(rows).values()] == [2, 1]
+    twice = merge([at("random", 0.9, 50.0), at("random", 0.9, 40.0, seed=1), at("random", 0.8, 9)])
+    assert "50.00 / 40.00" in (markdown_by_bytes(twice) or "")
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch, capsys):

@@ -157,7 +157,8 @@ class PerToken:
 
 
 class Fused:
-    """A predictor's top units: one GEMV and one selection for all layers that a tap decides."""
+    """A predictor's top units: one GEMV for all layers that a tap decides, one selection for those
+    that keep equally many (all, under ``spread=layer``)."""
 
     def __init__(self, policy: Learned, spec: HostSpec, lists: Lists) -> None:
         self.policy, self._lists = policy, lists
@@ -172,7 +173,7 @@ class Fused:
         return (
             isinstance(policy, Learned)
             and policy.refresh == "token"
-            and policy.resolved.spread == "layer"
+            and policy.resolved.fixed_counts
             and type(policy).scores is Learned.scores
             and type(policy).decide is Policy.decide
         )
@@ -188,11 +189,13 @@ class Fused:
         for kind, layers in self.plan[tap].items():
             scores = self._predictor.scores_of(kind, layers, code)  # (B, layers, N)
             scores = self.policy.combine(kind, scores, self._seen).transpose(0, 1)
-            keep = self.policy.counts[kind][layers[0]]
-            sets = self._lists.of_scores(kind, scores, keep)
-            for layer, active in zip(layers, sets, strict=True):
-                early = _is_early(kind, layer, tap)
-                self.sets[kind, layer] = replace(active, early=early)
+            for keep, places in _by_count(self.policy.counts[kind], layers).items():
+                whole = len(places) == len(layers)  # stacked: a list of places would wait
+                some = scores if whole else torch.stack([scores[place] for place in places])
+                sets = self._lists.of_scores(kind, some, keep)
+                for place, active in zip(places, sets, strict=True):
+                    early = _is_early(kind, layers[place], tap)
+                    self.sets[kind, layers[place]] = replace(active, early=early)
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """Decided when its tap was seen."""
@@ -220,7 +223,7 @@ def _seen(hidden: dict[Tap, Tensor], position: Tensor, live: Tensor) -> Seen:
 
 
 def _plan(policy: Learned, spec: HostSpec) -> dict[Tap, dict[UnitKind, list[int]]]:
-    """Which layers each tap decides; they keep equally many units, so one selection serves them."""
+    """Which layers each tap decides."""
     plan: dict[Tap, dict[UnitKind, list[int]]] = {}
     for kind in KINDS:
         for layer in range(spec.L):
@@ -229,6 +232,14 @@ def _plan(policy: Learned, spec: HostSpec) -> dict[Tap, dict[UnitKind, list[int]
                 continue
             plan.setdefault(tap, defaultdict(list))[kind].append(layer)
     return dict(sorted(plan.items()))
+
+
+def _by_count(counts: Sequence[int], layers: Sequence[int]) -> dict[int, list[int]]:
+    """Units kept -> places in ``layers`` of those that keep so many."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for place, layer in enumerate(layers):
+        found[counts[layer]].append(place)
+    return found
 
 
 def _widened(policy: Learned) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gnomon.evaluation.rows import Row
+from gnomon.evaluation.rows import Row, own_first
 from gnomon.evaluation.tables import Column, markdown_table, short
 
 TOLERANCE = 0.01  # byte density beyond which the reached one is shown
 NOTE = (
     "Perplexity ratio to the dense model, by byte density (predictor included); in brackets the "
-    "density reached where it is more than 0.01 off. –: refused, see below"
+    "density reached where it is more than 0.01 off; a / b: several runs. –: refused (see below) "
+    "or not run"
 )
 
 
@@ -24,6 +25,7 @@ def markdown_by_bytes(rows: Sequence[Row]) -> str | None:
     asked = sorted({row["target_bytes"] for row in rows if "target_bytes" in row}, reverse=True)
     if len(asked) < 2:
         return None
+    rows = own_first(rows)
     columns: list[Column] = [("policy", lambda row: row["policy"])]
     for text in sorted({row["text"] for row in rows if "ppl_ratio" in row}):
         columns += [(f"{text} {at:g}", _cell("ppl_ratio", text, at, short)) for at in asked]
@@ -52,12 +54,13 @@ def _cell(
     """What a policy reached at one byte density; a policy without a budget stands in all."""
 
     def cell(line: Row) -> str:
+        shown = []
         for row in line["rows"]:
             fits = row.get("target_bytes", at) == at and text in (None, row.get("text"))
             if fits and key in row:
                 near = abs(row["byte_density"] - at) <= TOLERANCE
-                return show(row[key]) + ("" if near else f" ({row['byte_density']:.2f})")
-        return "–"
+                shown.append(show(row[key]) + ("" if near else f" ({row['byte_density']:.2f})"))
+        return " / ".join(dict.fromkeys(shown)) or "–"
 
     return cell
 

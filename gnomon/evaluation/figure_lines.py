@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gnomon.evaluation.rows import BRACKETS, Row
+from gnomon.evaluation.rows import BRACKETS, Row, own_first
 
 # Okabe and Ito, then Tol: told apart with every common colour blindness; markers do without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#332288", "#882255", "#44AA99")
@@ -44,6 +44,7 @@ def within(lines: Lines, part: Sequence[Row]) -> Lines:
 def lines_of(rows: Sequence[Row]) -> Lines:
     """Line name -> points in order of density; a point is the rows of all its seeds."""
     keys = ("refresh", "batch", "kv", "prefill", "objective")
+    rows = own_first(rows)
     grid = _is_grid(rows)
     names = {row["policy"] for row in rows}
     varying = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gnomon.budget import Budget
-from gnomon.evaluation.subject import Found, find, predictor_digest
+from gnomon.evaluation.subject import Found, find, predictor_digest, with_sensitivity
 from gnomon.host import HostSpec
 from gnomon.policies import COMMON, Policy, build_policy
 
@@ -70,7 +70,7 @@ def build(
         given = inner.get("budget")
         own = None if given is None else budget
         source = find(inner["name"], inner.get("predictor"), root, spec)
-        held = budget if given is None else Budget(**given)
+        held = budget if given is None else with_sensitivity(Budget(**given), root, spec)
         made = build(inner, held, source, root, spec)
         params["inner"], digest = made.policy, made.identity
         about["inner"] = dict(inner) | {"predictor": source.source, "params": made.params}

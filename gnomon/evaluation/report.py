@@ -69,7 +69,8 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
 
 def read_refusals(folder: Path) -> list[str]:
     """What was refused in a sweep, each message once: ``policy: reason``."""
-    found = [path.read_text(encoding="utf-8").strip() for path in folder.glob(f"*/{REFUSED}")]
+    paths = [p for p in folder.glob(f"*/{REFUSED}") if not (p.parent / NAME).exists()]
+    found = [path.read_text(encoding="utf-8").strip() for path in paths]
     return sorted(set(found))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gnomon
+from gnomon.errors import Refused
 from gnomon.evaluation.baseline import write_atomic
 
 NAME = "results.json"
@@ -26,19 +27,6 @@ _collected: ContextVar[list[str] | None] = ContextVar("warnings of the run", def
 
 class ResultsError(ValueError):
     """A results file that does not follow results.schema.json."""
-
-
-class Refused(ValueError):
-    """A policy does not apply to a host, or cannot meet a budget; a sweep goes on without it."""
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turns the ValueErrors of building and binding a policy into :class:`Refused`."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 def write_refusal(folder: Path, policy: str, error: Refused) -> None:

@@ -92,6 +92,13 @@ def without_doubles(every: Iterable[Row]) -> list[Row]:
     return rows
 
 
+def own_first(rows: Sequence[Row]) -> list[Row]:
+    """Leaves out brackets of policies that were run themselves on a text: budgets may differ."""
+    keys = ("host", "text", "protocol", "policy")
+    own = {tuple(row.get(k) for k in keys) for row in rows if not row.get("bracket")}
+    return [r for r in rows if not r.get("bracket") or tuple(r.get(k) for k in keys) not in own]
+
+
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """By host and text, policies before brackets, dense to sparse."""
     return sorted(rows, key=_order)

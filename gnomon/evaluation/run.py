@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 
 from gnomon.accounting import account, expected_density
+from gnomon.allocation import Sensitivity
+from gnomon.budget import Budget
 from gnomon.env import versions
 from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench, density_result, targets
@@ -19,7 +21,6 @@ from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import (
     collect_warnings,
     commit,
-    refusing,
     require_new,
     warn,
     write_results,
@@ -33,8 +34,10 @@ from gnomon.evaluation.subject import (
     make_subject,
     overlap,
     require_policy,
+    with_sensitivity,
 )
 from gnomon.evaluation.tasks import Tasks
+from gnomon.evaluation.validation import Validation, solved
 from gnomon.host import describe
 from gnomon.runtime.backends import choose_backend
 
@@ -96,14 +99,19 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     if found.predictor is not None:
         found.predictor.check(criterion=policy.get("criterion"), rank=policy.get("rank"))
     means = find_means(found, root, bench.spec)
-    with refusing():
-        subject = make_subject(policy, budget, found, means, root, bench.spec)
-        label = policy.get("label")
-        results = start_results(
-            bench, subject, found, subject.params, label=label, command=command, seed=seed
-        )
     for measure in measures:
         measure.check(bench)
+
+    def subject_at(budget: Budget) -> Subject:
+        return make_subject(policy, budget, found, means, root, bench.spec)
+
+    budget = with_sensitivity(budget, root, bench.spec)
+    plan = Validation(**settings.get("validation", {}))
+    subject = solved(bench, settings["text"], plan, budget, subject_at)
+    label = policy.get("label")
+    results = start_results(
+        bench, subject, found, subject.params, label=label, command=command, seed=seed
+    )
     with collect_warnings() as warnings:
         leaks = [overlap(bench, source) for source in (found, *subject.inside)]
         for leak in filter(None, leaks):
@@ -208,6 +216,8 @@ def start_results(
         "kv": policy.kv,
         "params": dict(params) | {"spread": policy.budget.spread, "prefill": policy.prefill},
     } | ({"label": label} if label else {})
+    if isinstance(policy.budget.sensitivity, Sensitivity):
+        about["params"]["sensitivity"] = policy.budget.sensitivity.facts
     if found.predictor is not None:
         about["predictor"] = describe_predictor(found)
     prompt = bench.protocol.prompt_length

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gnomon.allocation import Sensitivity
 from gnomon.budget import Budget
 from gnomon.evaluation.bench import Bench
 from gnomon.evaluation.brackets import identity, means_digest
 from gnomon.host import KINDS, HostSpec
 from gnomon.policies import POLICIES, Policy
 from gnomon.predictors.base import Predictor, PredictorInfo
+from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.folder import find_predictor, load_predictor
 
 if TYPE_CHECKING:
@@ -94,6 +96,30 @@ def find_means(found: Found, root: str | Path, spec: HostSpec) -> Mapping[Any, T
         return load_predictor(str(find_predictor(Path(root), spec, None))).means
     except (ValueError, OSError):
         return None
+
+
+def with_sensitivity(budget: Budget, root: str | Path, spec: HostSpec) -> Budget:
+    """The budget with the sensitivities that ``spread=calibrated`` names, and with no others.
+
+    Raises:
+        ValueError: no calibration of this host, or one without them.
+    """
+    if budget.spread != "calibrated":
+        return replace(budget, sensitivity=None)
+    if isinstance(budget.sensitivity, Sensitivity):
+        return budget
+    reference = budget.sensitivity or "auto"
+    try:
+        where = find_predictor(Path(root), spec, Calibration) if reference == "auto" else reference
+        held = load_predictor(str(where))
+    except ValueError as error:
+        raise ValueError(f"budget.sensitivity={reference}: {error}") from error
+    if not isinstance(held, Calibration):
+        raise ValueError(
+            f"budget.sensitivity={reference} holds a {held.name} predictor: give a calibration "
+            "(python train.py predictor=calibration makes one)"
+        )
+    return replace(budget, sensitivity=held.sensitivity)
 
 
 def make_subject(

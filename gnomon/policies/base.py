@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from gnomon.accounting import Density, HostBytes, Role, solve_bytes
-from gnomon.budget import Budget, choices, layer_counts
+from gnomon.accounting import Density, HostBytes, Role
+from gnomon.budget import Budget, choices, layer_counts, sensitivity_of
+from gnomon.byte_budget import solve_bytes
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind, describe
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.seen import Seen
@@ -72,11 +73,7 @@ class Policy:
                 "policy.refresh=prompt or static, or policy.kv=keep"
             )
         self.set_prefill(prefill)
-        if budget.spread not in self.spreads:
-            raise ValueError(
-                f"policy={self.name} does not offer budget.spread={budget.spread!r}: use "
-                f"{', '.join(self.spreads)}"
-            )
+        self._offer("budget.spread", budget.spread, self.spreads)
 
     # -- what a subclass says -------------------------------------------------------------------
 
@@ -183,14 +180,18 @@ class Policy:
         """Checks the policy against a host and fixes how many units each layer keeps.
 
         Raises:
-            ValueError: the predictor belongs to another host, or the budget cannot be met.
+            ValueError: the predictor belongs to another host, or the budget cannot be met or has
+                not been found yet (``max_ppl_increase``).
         """
+        self.budget.require_found()
         self.start(model, spec or describe(model))
         self.settle(self._resolve())
 
     def start(self, model: nn.Module, spec: HostSpec) -> None:
         """First half of :meth:`bind`: the host, while the budget's bytes are not solved yet."""
         self.spec, self.bytes = spec, HostBytes.of(model, spec)
+        if self.budget.spread == "calibrated":
+            sensitivity_of(self.budget, spec)
         self.prepare(model)
         self.resolved = replace(self.budget, bytes=None, density=0.5)
 
@@ -217,7 +218,7 @@ class Policy:
         """Units that every decision of a layer keeps; None where the number varies by decision."""
         if self.keeps_all(kind, layer):
             return self.spec.units(kind)
-        if self.resolved.spread != "layer":
+        if not self.resolved.fixed_counts:
             return None
         grouped = kind == "heads" and self.resolved.head_unit == "group"
         return self.counts[kind][layer] * (self.spec.group_size if grouped else 1)
@@ -238,7 +239,7 @@ class Policy:
         return scores
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
-        """Turns the scores of one layer into its active set; ``spread=layer`` by default."""
+        """Turns the scores of one layer into its active set: its best K by default."""
         return topk_mask(scores, self.counts[kind][layer])
 
     def count_layers(self, kind: UnitKind) -> list[int]:
@@ -249,13 +250,12 @@ class Policy:
         return layer_counts(self.resolved, self.spec, kind, decided)
 
     def _resolve(self) -> Budget:
-        if self.budget.bytes is None:
-            return self.budget
-        density = solve_bytes(self, self.budget)
-        return replace(self.budget, bytes=None, density=density)
+        return self.budget if self.budget.bytes is None else solve_bytes(self, self.budget)
 
     def _own(self, budget: Budget) -> Budget:
         """The budget with the kinds that the policy does not decide kept whole."""
+        if budget.spread == "calibrated" and "calibrated" not in self.spreads:
+            self._offer("budget.spread", budget.spread, self.spreads)
         for kind in KINDS:
             asked = getattr(budget, kind)
             if kind not in self.kinds and asked not in (None, 1):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gnomon.budget import Budget
+from gnomon.errors import Refused
 from gnomon.host import UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import Policy, Seen
@@ -54,8 +55,8 @@ class Core(Wrapper):
         super().settle(budget)
         core = round(self.share * self.spec.F)
         for layer, kept in enumerate(self.counts["neurons"]):
-            if not self.keeps_all("neurons", layer) and budget.spread == "layer" and kept < core:
-                raise ValueError(
+            if not self.keeps_all("neurons", layer) and budget.fixed_counts and kept < core:
+                raise Refused(
                     f"budget.neurons={budget.target('neurons'):g} keeps {kept} of {self.spec.F} "
                     f"neurons in layer {layer}, fewer than the {core} of the core: raise it, or "
                     "make the core smaller"

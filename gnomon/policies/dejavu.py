@@ -24,7 +24,7 @@ class DejaVu(Learned):
     """
 
     name = "dejavu"
-    spreads = ("layer", "global", "hybrid")
+    spreads = ("layer", "global", "hybrid", "calibrated")
     accepts = DejaVuPredictor
 
     def __init__(
@@ -36,7 +36,7 @@ class DejaVu(Learned):
         kv: KV = "keep",
     ) -> None:
         super().__init__(predictor, budget, refresh, batch, kv)
-        if budget.spread != "layer" and (batch == "shared" or budget.head_unit == "group"):
+        if not budget.fixed_counts and (batch == "shared" or budget.head_unit == "group"):
             raise ValueError(
                 f"policy=dejavu calibrates budget.spread={budget.spread!r} on the scores of single "
                 "units and sequences: use policy.batch=per_sequence and budget.head_unit=head, or "
@@ -47,12 +47,12 @@ class DejaVu(Learned):
         """Also calibrates the thresholds: they wait for the device, which no decode step may."""
         super().settle(budget)
         sparse = [k for k in KINDS if self.resolved.target(k) < 1]
-        calibrated = sparse if self.resolved.spread != "layer" else []
+        calibrated = [] if self.resolved.fixed_counts else sparse
         self._cut = {kind: self._threshold(kind) for kind in calibrated}
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
         """Per-layer top-k, or all units above the calibrated threshold and the layer's floor."""
-        if self.resolved.spread == "layer":
+        if self.resolved.fixed_counts:
             return super().select(kind, layer, scores, seen)
         return (scores >= self._cut[kind]) | topk_mask(scores, self.least(kind))
 

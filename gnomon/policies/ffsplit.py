@@ -26,6 +26,7 @@ from torch import nn
 
 from gnomon.accounting import Density, Role, account
 from gnomon.budget import Budget
+from gnomon.errors import Refused
 from gnomon.host import UnitKind, weight
 from gnomon.policies.base import Policy, Prefill
 from gnomon.policies.compressed import check_method, compress, rest_bytes
@@ -102,7 +103,7 @@ class FFSplit(Core):
         odd = [type(m).__name__ for m in linears.values() if not isinstance(m, nn.Linear)]
         if self.spec.gate_up != "separate" or odd:
             what = odd[0] if odd else "one linear for gate and up"
-            raise ValueError(
+            raise Refused(
                 f"policy=ffsplit replaces rows of plain gate, up and down linears, and host "
                 f"{self.spec.name} ({self.spec.family}) has {what}: use policy=core or static"
             )
@@ -135,7 +136,7 @@ class FFSplit(Core):
             low, high = (low, middle) if self._density() > asked else (middle, high)
         setattr(self, field, low)
         if self._density() > asked * 1.001:
-            raise ValueError(
+            raise Refused(
                 f"budget.bytes={asked:g} cannot be reached by policy=ffsplit, rest={self.rest}: "
                 f"with the least it still reads {self._density():.3f} of the dense bytes. Raise "
                 "budget.bytes, or use rest=int4 or lowrank"

@@ -51,6 +51,7 @@ class Glass(Policy):
     name = "glass"
     kinds = ("neurons",)
     refreshes = ("prompt",)
+    spreads = ("layer", "calibrated")
     observes = ("neurons",)
 
     def __init__(

@@ -48,6 +48,7 @@ class Griffin(Policy):
     name = "griffin"
     kinds = ("neurons",)
     refreshes = ("prompt", "static")
+    spreads = ("layer", "calibrated")
 
     def __init__(
         self,

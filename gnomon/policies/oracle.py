@@ -19,6 +19,7 @@ class Oracle(Policy):
     """Keeps the largest |h|·‖w_down‖ (neurons) and out-projection contributions (heads)."""
 
     name = "oracle"
+    spreads = ("layer", "calibrated")
     needs_units = True
 
     def __init__(self, budget: Budget, batch: Batch = "per_sequence") -> None:

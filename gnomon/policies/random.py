@@ -19,7 +19,7 @@ class Random(Policy):
 
     name = "random"
     refreshes = ("token", "prompt", "static")
-    spreads = ("layer", "global")
+    spreads = ("layer", "global", "calibrated")
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Random(Policy):
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
         """Under ``global`` every unit of every layer is kept with the same probability."""
-        if self.resolved.spread == "layer":
+        if self.resolved.fixed_counts:
             return super().select(kind, layer, scores, seen)
         keep = scores >= 1 - self.resolved.target(kind)
         return keep | (scores == scores.amax(-1, keepdim=True))

@@ -53,7 +53,7 @@ class Static(Policy):
 
     name = "static"
     refreshes = ("static",)
-    spreads = ("layer", "global", "hybrid")
+    spreads = ("layer", "global", "hybrid", "calibrated")
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Static(Policy):
 
     def count_layers(self, kind: UnitKind) -> list[int]:
         """Counts per layer; a global ranking of fixed scores is a fixed count per layer."""
-        if self.resolved.spread == "layer" or self.resolved.target(kind) == 1:
+        if self.resolved.fixed_counts or self.resolved.target(kind) == 1:
             return super().count_layers(kind)
         means = self._means[kind]
         if kind == "heads" and self.resolved.head_unit == "group":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gnomon.accounting import LINEARS, Density, Role
 from gnomon.budget import Budget
+from gnomon.errors import Refused
 from gnomon.host import UnitKind
 from gnomon.policies.base import Policy, Seen
 from gnomon.predictors.calibration import Calibration
@@ -78,7 +79,7 @@ class Threshold(Policy):
         self.predictor.check_host(self.spec)
         self._device = next(model.parameters()).device
         if self.reads_gate and not self.spec.gated:
-            raise ValueError(
+            raise Refused(
                 f"policy={self.name} compares the gate of a gated FFN with its threshold, and host "
                 f"{self.spec.name} ({self.spec.family}) has no gate: use policy=teal or griffin, "
                 "or a trained predictor (policy=shadow or dejavu)"
@@ -86,7 +87,7 @@ class Threshold(Policy):
 
         own = {"q", "k", "v"} & set(self.channels)
         if self.spec.qkv != "separate" and 0 < len(own) < 3:
-            raise ValueError(
+            raise Refused(
                 f"policy={self.name} skips input channels of {', '.join(sorted(own))} alone, and "
                 f"in host {self.spec.name} ({self.spec.family}) one linear makes q, k and v: use "
                 "policy.params.attention=false, or policy=teal, which treats them alike"
