@@ -66,8 +66,12 @@ class Static(Predictor):
         return {kind: self.outputs[kind].shared(code) for kind in KINDS}
 
     def quantize(self) -> Self:
-        """Ends training: the means become the learned scores, exponentials in the same order."""
+        """Ends training: means become the learned scores, exponentials in the same order.
+
+        A stack without gradients was not trained, and leaves the means of its kind as they are.
+        """
         if not self.quantized:
             biases = {kind: self.outputs[kind].bias for kind in KINDS}
-            self.set_means({k: b.detach().exp() for k, b in biases.items() if b is not None})
+            trained = {k: b for k, b in biases.items() if b is not None and b.requires_grad}
+            self.set_means(self.means | {k: b.detach().exp() for k, b in trained.items()})
         return super().quantize()

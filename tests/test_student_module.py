@@ -189,6 +189,15 @@ def test_a_fixed_mask_is_learned_and_used_by_the_static_policy(tmp_path: Path) -
         build_policy("shadow", Budget(density=0.5), back)
 
 
+def test_a_kind_that_is_kept_whole_keeps_its_harvested_means() -> None:
+    static, other = predictor(StaticPredictor), predictor()
+    fitted(static, Kl(), 2, lr=1e-2)  # heads stay whole
+    fitted(other, Bce(), 2, density=BOTH)
+    assert torch.equal(static.means["heads"], other.means["heads"])
+    bias = static.outputs["neurons"].bias
+    assert bias is not None and torch.equal(static.means["neurons"], bias.exp())
+
+
 def test_divergence_stops_with_the_rate(start: Any) -> None:
     net = start()
     with torch.no_grad():
