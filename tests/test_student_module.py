@@ -185,6 +185,9 @@ def test_a_fixed_mask_is_learned_and_used_by_the_static_policy(tmp_path: Path) -
             sparse = model(ids).logits.log_softmax(-1)
     kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
     assert metrics["student"]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    for spread in ("global", "hybrid"):
+        with pytest.raises(ValueError, match=rf"^budget\.spread='{spread}'.*budget\.spread=layer"):
+            build_policy("static", Budget(density=0.5, spread=spread), back)
     with pytest.raises(ValueError, match="use policy=static"):
         build_policy("shadow", Budget(density=0.5), back)
 
