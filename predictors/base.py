@@ -57,6 +57,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     """
 
     name: ClassVar[str]
+    learned_means: ClassVar[bool] = False  # its means are scores that it learned, not harvested
     registry: ClassVar[dict[str, type[Predictor]]] = {}
     outputs: StackByKind
 

@@ -88,7 +88,8 @@ def find_predictor(
     Args:
         root: ``${paths.predictors}``; its sub-folders are searched.
         spec: the host.
-        cls: class or its name, None for any.
+        cls: class or its name; None for any whose per-unit means were harvested, which those of
+            ``static`` were not.
 
     Raises:
         ValueError: there is none; names the command that trains one.
@@ -100,7 +101,8 @@ def find_predictor(
             config = read_config(file.parent)
         except ValueError:
             continue
-        if config["host"]["spec_hash"] == spec.hash and name in (None, config["class"]):
+        fits = name == config["class"] or (name is None and not _learned_means(config["class"]))
+        if config["host"]["spec_hash"] == spec.hash and fits:
             found.append((config["created"], str(file.parent), file.parent))
     if not found:
         raise ValueError(
@@ -132,6 +134,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             "the version of gnomon that wrote it"
         )
     return config
+
+
+def _learned_means(name: str) -> bool:
+    return name in Predictor.registry and Predictor.registry[name].learned_means
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:

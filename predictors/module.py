@@ -64,9 +64,13 @@ class PredictorModule(pl.LightningModule):
             )
 
     def take_means(self, data: Any) -> None:
-        """Per-unit means of a data module, unless a warm start brought such of the same kind."""
-        info = self.predictor.info
-        same = all(getattr(info, key) == data.info[key] for key in ("criterion", "granularity"))
+        """Per-unit means of a data module, unless a warm start brought those of the same text.
+
+        A warm start keeps its means where criterion, granularity and text digest are the same: the
+        folder that training ends in names one text for both.
+        """
+        info, keys = self.predictor.info, ("criterion", "granularity", "text_digest")
+        same = all(getattr(info, key) == data.info[key] for key in keys)
         if not (self.warm and same):
             self.predictor.set_means({kind: data.means[kind].float().cpu() for kind in KINDS})
 

@@ -2,7 +2,9 @@
 
 Trained like any predictor (``predictor=static objective=kl``: a fixed mask learned end to end), and
 evaluated by ``policy=static policy.predictor=<folder>``: when it is quantised its scores, as
-exponentials, take the place of the harvested means, which is what that policy ranks by.
+exponentials, take the place of the harvested means, which is what that policy ranks by. A kind that
+was kept whole in training keeps its harvested means. Only an explicit folder gives such means:
+``policy.predictor=auto`` of ``static``, ``core`` and ``glass``, and the bracket, pass them over.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Static(Predictor):
     """
 
     name = "static"
+    learned_means = True
 
     def __init__(self, L: int, H: int, F: int, width: int) -> None:
         super().__init__(L, H, F, width, (_TAP,))
@@ -63,8 +66,12 @@ class Static(Predictor):
         return {kind: self.outputs[kind].shared(code) for kind in KINDS}
 
     def quantize(self) -> Self:
-        """Ends training: the means become the learned scores, exponentials in the same order."""
+        """Ends training: means become the learned scores, exponentials in the same order.
+
+        A stack without gradients was not trained, and leaves the means of its kind as they are.
+        """
         if not self.quantized:
             biases = {kind: self.outputs[kind].bias for kind in KINDS}
-            self.set_means({k: b.detach().exp() for k, b in biases.items() if b is not None})
+            trained = {k: b for k, b in biases.items() if b is not None and b.requires_grad}
+            self.set_means(self.means | {k: b.detach().exp() for k, b in trained.items()})
         return super().quantize()

@@ -17,9 +17,13 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from cases import calibration, predictor
 from gnomon import policies
+from gnomon.evaluation.subject import find, make_subject
 from gnomon.host import describe
 from gnomon.loading import load_host
+from gnomon.predictors.folder import write_folder
+from gnomon.tiny import tiny_host
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
@@ -36,6 +40,12 @@ NEEDS: dict[str, list[str]] = {
     "text/wikitext2": ["text.path={file}"],
     "text/c4": ["text.path={jsonl}"],
 }
+_SWEEP = OmegaConf.load(CONF / "experiment" / "compare.yaml").hydra.sweeper.params
+COMPARED = _SWEEP.policy.split(",")
+HIGHEST = max(_SWEEP["budget.bytes"].split(","))  # others are out of reach for some
+VARIANTS = sorted(f"variants/{p.stem}" for p in (CONF / "policy" / "variants").glob("*.yaml"))
+POLICY_FILES = sorted(p.stem for p in (CONF / "policy").glob("*.yaml"))
+WHOLE = ("dense", "dense_int8", "ffsplit", "variants/ffsplit_int4", "variants/ffsplit_lowrank")
 # Keys that evaluate.yaml adds to any text and reads itself.
 TEXT_OF_EVALUATE = ("batch", "split")
 
@@ -172,6 +182,38 @@ def test_variants_are_policies_with_a_label(path: Path, hydra_config: Any) -> No
     plain = hydra_config("evaluate", "host=tiny", f"policy={policy.name}").policy
     assert policy.label == path.stem
     assert {key for key in policy if policy[key] != plain.get(key)} - {"label"}
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny host with the wide FFN of real ones, and a folder with one predictor of each class."""
+    root = tmp_path_factory.mktemp("predictors")
+    model, _ = tiny_host("llama", intermediate_size=512)
+    for made in (calibration(model), predictor(model), predictor(model, "dejavu")):
+        write_folder(made, root / made.name)
+    return model, describe(model), root
+
+
+def test_the_comparison_sweeps_policies_once_and_has_every_variant() -> None:
+    assert len(set(COMPARED)) == len(COMPARED) and set(VARIANTS) < set(COMPARED)
+
+
+@pytest.mark.parametrize("option", sorted({*COMPARED, *VARIANTS, *POLICY_FILES}))
+def test_policies_of_the_comparison_are_built_and_bound(
+    option: str, hydra_config: Any, compared: Any
+) -> None:
+    model, spec, root = compared
+    sweep = ("experiment=compare", "host=tiny", f"policy={option}", f"budget.bytes={HIGHEST}")
+    cfg = hydra_config("evaluate", *sweep)
+    config = OmegaConf.to_container(cfg.policy, resolve=True)
+    found = find(config["name"], config["predictor"], root, spec)
+    if found.predictor is not None:
+        found.predictor.check(criterion=config.get("criterion"), rank=config.get("rank"))
+    subject = make_subject(config, instantiate(cfg.budget), found, None, root, spec)
+    subject.policy.bytes_dtype = cfg.bytes.dtype
+    subject.policy.bind(model, spec)
+    assert subject.policy.name == config["name"]
+    assert subject.policy.skips_nothing == (option in WHOLE)
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("policy/")])

@@ -22,10 +22,18 @@ from gnomon.evaluation import baseline, bench, log, run
 from gnomon.evaluation.brackets import bracket_budget
 from gnomon.evaluation.quality import Protocol
 from gnomon.evaluation.results import read_results
-from gnomon.evaluation.subject import Found, find, overlap, predictor_digest
+from gnomon.evaluation.subject import (
+    Found,
+    describe_predictor,
+    find,
+    find_means,
+    overlap,
+    predictor_digest,
+)
 from gnomon.predictors.base import PredictorInfo
 from gnomon.predictors.folder import write_folder
 from gnomon.predictors.shadow import Shadow
+from gnomon.predictors.static import Static as LearnedMask
 from gnomon.tiny import tiny_host
 from gnomon.tracking import folder_sha256
 
@@ -253,6 +261,27 @@ def test_a_predictor_of_another_host_is_refused_by_name(tmp_path):
     spec = gnomon.describe(tiny_host("llama", seed=1)[0])
     with pytest.raises(ValueError, match=r"tiny-llama-0.*tiny-llama-1|tiny-llama-1.*tiny-llama-0"):
         find("shadow", str(folder), tmp_path, spec)
+
+
+def test_auto_and_the_bracket_pass_over_a_learned_fixed_mask(tmp_path):
+    harvested, spec = train_shadow(tmp_path), gnomon.describe(tiny_host()[0])
+    learned = LearnedMask.for_host(spec)
+    learned.info = PredictorInfo(
+        host=spec.name, spec_hash=spec.hash, objective="kl", created="2026-02-01"
+    )
+    folder = harvested.with_name("static-2")
+    write_folder(learned, folder)
+    root, means = tmp_path / "predictors", gnomon.load_predictor(harvested).means
+    for policy in ("static", "glass", "core"):
+        assert find(policy, "auto", root, spec).source == str(harvested)
+    explicit = find("static", str(folder), root, spec)
+    assert describe_predictor(explicit)["objective"] == "kl"
+    for found in (Found(), explicit):
+        bracket = find_means(found, root, spec)
+        assert all(torch.equal(bracket[kind], means[kind]) for kind in means)
+    with pytest.raises(ValueError, match="no predictor for host"):
+        find("static", "auto", folder, spec)
+    assert find_means(explicit, folder, spec) is None
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_training_starts_at_the_fixed_choice(chosen: Objective) -> None:
     if not isinstance(chosen, Mse):
         assert bias.ge(0).sum(-1).tolist() == [8, 8, 8]
     assert chosen.bias(torch.zeros(2, 4), 0.5).isfinite().all()
+    wide = torch.logspace(-12, 6, 48).expand(3, -1)
+    assert isinstance(chosen, Mse) or bool(chosen.bias(wide, 0.5).diff(dim=-1).gt(0).all())
 
 
 def test_missing_rows_and_names_are_named() -> None:

@@ -206,6 +206,11 @@ def test_find_predictor_takes_the_newest_for_this_host(spec: HostSpec, tmp_path:
         predictor.save_pretrained(tmp_path / "host" / str(i))
     assert find_predictor(tmp_path, spec, "shadow").name == "0"
     assert find_predictor(tmp_path, spec).name == "2"
+    learned = build((Static, {}), spec)
+    learned.info = PredictorInfo(host=spec.name, spec_hash=spec.hash, created="2024-01-04")
+    learned.save_pretrained(tmp_path / "host" / "learned")
+    assert find_predictor(tmp_path, spec).name == "2"
+    assert find_predictor(tmp_path, spec, "static").name == "learned"
     with pytest.raises(ValueError, match="auto"):
         find_predictor(tmp_path, gnomon.describe(tiny_host("opt")[0]))
 

@@ -15,6 +15,7 @@ from gnomon import policies
 from gnomon.budget import Budget
 from gnomon.engine.agreement import agree
 from gnomon.engine.engine import Engine
+from gnomon.engine.support import UnsupportedPolicyError
 from gnomon.evaluation.quality import Protocol, block_nll
 from gnomon.host import describe
 from gnomon.policies.base import Policy
@@ -238,6 +239,38 @@ def test_contextual_policies_refuse(make: Callable[..., Policy], named: str) -> 
     model, _ = tiny_host("llama")
     with pytest.raises(ValueError, match=f"{named}.*refresh=static"):
         make(model)
+
+
+def test_int8_weights_are_refused_before_the_prompt() -> None:
+    model, _ = tiny_host("llama")
+    named = r"^policy\.prefill='sparse': policy={}.*policy\.prefill=dense"
+
+    def skipping(prefill: str) -> Policy:
+        return policies.SkipSublayers(
+            layers=[1],
+            what="layer",
+            inner=policies.DenseInt8(),
+            prefill=prefill,  # type: ignore[arg-type]
+        )
+
+    with pytest.raises(UnsupportedPolicyError, match=named.format("skip_sublayers")):
+        Engine(model, skipping("sparse"), context=64)
+    whole = policies.build_policy("dense_int8", HALF, prefill="sparse")  # nothing is skipped
+    for policy in (skipping("dense"), whole):
+        with Engine(model, policy, context=64) as engine:
+            engine.prefill(ids_of())
+            assert engine.step().isfinite().all()
+    static = FIXED["static"](model, prefill="sparse")
+    with (
+        Engine(model, context=64) as dense,
+        pytest.raises(UnsupportedPolicyError, match=named.format("static")),
+    ):
+        Engine(model, static, context=64, weights=dense.weights.quantized())
+    texts = [
+        gnomon.generate(model, byte_tokenizer(), ["the gnomon"], skipping("sparse"), 8, backend)
+        for backend in ("auto", "mask")
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_building_from_a_config() -> None:

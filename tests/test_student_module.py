@@ -185,8 +185,20 @@ def test_a_fixed_mask_is_learned_and_used_by_the_static_policy(tmp_path: Path) -
             sparse = model(ids).logits.log_softmax(-1)
     kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
     assert metrics["student"]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    for spread in ("global", "hybrid"):
+        with pytest.raises(ValueError, match=rf"^budget\.spread='{spread}'.*budget\.spread=layer"):
+            build_policy("static", Budget(density=0.5, spread=spread), back)
     with pytest.raises(ValueError, match="use policy=static"):
         build_policy("shadow", Budget(density=0.5), back)
+
+
+def test_a_kind_that_is_kept_whole_keeps_its_harvested_means() -> None:
+    static, other = predictor(StaticPredictor), predictor()
+    fitted(static, Kl(), 2, lr=1e-2)  # heads stay whole
+    fitted(other, Bce(), 2, density=BOTH)
+    assert torch.equal(static.means["heads"], other.means["heads"])
+    bias = static.outputs["neurons"].bias
+    assert bias is not None and torch.equal(static.means["neurons"], bias.exp())
 
 
 def test_divergence_stops_with_the_rate(start: Any) -> None:

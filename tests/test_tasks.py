@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gnomon.evaluation import harness
+from gnomon.evaluation import tasks as module
 from gnomon.evaluation.harness import Answers, answers_of, require_harness
 from gnomon.evaluation.rows import rows_of
 from gnomon.evaluation.tables import markdown
@@ -163,6 +164,32 @@ def test_the_first_filter_and_score_of_a_task_count() -> None:
     assert found == Answers(["q0", "q1"], [0.0, 1.0], [[], []], "exact_match")
     with pytest.raises(ValueError, match=r"tasks\.names='wikitext' gives word_perplexity and none"):
         answers_of([{"filter": "none", "doc_id": 0, "metrics": ["word_perplexity"]}], "wikitext")
+
+
+def test_jobs_share_tasks_until_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+
+    def load(names: Any, path: Any, fewshot: Any) -> dict[str, Any]:
+        loads.append(path)
+        if path is None:
+            return {}
+        return {name: list(read_examples(Path(path) / f"{name}.jsonl")) for name in names}
+
+    monkeypatch.setattr(module, "load_tasks", load)
+    monkeypatch.chdir(tmp_path)
+    module.forget()
+    write(tmp_path, "copa", examples("copa", 2))
+    first = Tasks(["copa"], str(tmp_path)).tasks
+    assert Tasks(["copa"], ".").tasks is first and len(loads) == 1  # the same folder
+    write(tmp_path, "copa", examples("copa", 3))
+    assert len(Tasks(["copa"], str(tmp_path)).tasks["copa"]) == 3
+    write(tmp_path / "None", "copa", examples("copa", 2))
+    for path in (None, "None"):
+        Tasks(["copa"], path).tasks  # noqa: B018
+    assert loads[-2:] == [None, "None"]
+    module.forget()
 
 
 def test_a_missing_harness_is_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:

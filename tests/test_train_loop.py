@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from synthetic_rows import SyntheticRows
 
 from gnomon.host import KINDS, HostSpec, Tap
-from gnomon.predictors import DejaVu, Predictor, Shadow
+from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
 from gnomon.predictors.module import PredictorModule
 from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking
 from gnomon.predictors.schedule import cosine_warmup
@@ -32,13 +32,16 @@ def dejavu() -> DejaVu:
     return DejaVu(3, 4, 48, 32, rank=32, neurons_site="layer_input")
 
 
-def module(predictor: Predictor, objective: Objective, lr: float = 1e-2) -> PredictorModule:
+def module(
+    predictor: Predictor, objective: Objective, lr: float = 1e-2, warm: bool = False
+) -> PredictorModule:
     return PredictorModule(
         predictor,
         objective,
         optimizer=functools.partial(torch.optim.AdamW, lr=lr, fused=True),
         scheduler=cosine_warmup,
         density={"heads": 0.5, "neurons": 0.5},
+        warm=warm,
     )
 
 
@@ -117,6 +120,21 @@ def test_training_starts_as_good_as_the_fixed_choice(tmp_path: Path) -> None:
     metrics = fit(fitted, SyntheticRows(), trainer(tmp_path, max_steps=1, val_check_interval=1))
     for kind in KINDS:
         assert metrics[kind]["recall"] == pytest.approx(metrics[kind]["static"]["recall"], abs=0.05)
+
+
+@pytest.mark.parametrize("changed", [None, "criterion", "granularity", "text_digest"])
+def test_a_warm_start_keeps_its_means_on_the_same_text_alone(
+    changed: str | None, tmp_path: Path
+) -> None:
+    data, net = SyntheticRows(), shadow()
+    own = {kind: torch.rand_like(means) for kind, means in net.means.items()}
+    net.set_means(own)
+    told = {key: data.info[key] for key in ("criterion", "granularity", "text_digest")}
+    net.info = PredictorInfo(**told | ({} if changed is None else {changed: "another"}))
+    fitted = module(net, Bce(), warm=True)
+    fit(fitted, data, trainer(tmp_path, max_steps=1, val_check_interval=1))
+    expected = own if changed is None else data.means
+    assert all(torch.equal(net.means[kind], expected[kind]) for kind in KINDS)
 
 
 def test_the_same_seed_gives_the_same_predictor(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from gnomon.engine.support import (
     require_fit,
     require_plain_weights,
     require_policy,
+    require_prefill,
     require_sizes,
 )
 from gnomon.engine.weights import StepWeights, compacted, lay_out, restore
@@ -83,6 +84,8 @@ class Engine:
         if policy is not None:
             require_policy(policy)
             policy.bind(model, self.spec)
+            own = policy.weight_dtype == "int8"
+            require_prefill(policy, own if weights is None else weights.int8)
         lists = Lists(self.spec, self.device, self.ops.name)
         self._cache: Cache | None = None
         self._steps: dict[Sampling, tuple[Replay, Sets]] = {}

@@ -118,6 +118,19 @@ def require_policy(policy: Policy) -> None:
         )
 
 
+def require_prefill(policy: Policy, int8: bool) -> None:
+    """Raises UnsupportedPolicyError for a bound policy's sparse prompt on int8 weights.
+
+    The prompt runs through the host's own forward, on compacted weights in the host's dtype.
+    """
+    if int8 and policy.prefill == "sparse" and not policy.skips_nothing:
+        raise UnsupportedPolicyError(
+            f"policy.prefill='sparse': policy={policy.name} would skip units of the prompt on the "
+            "decode engine's int8 weights, which the host's own forward does not read: use "
+            "policy.prefill=dense, or gnomon.sparsify with generate()"
+        )
+
+
 def require_sizes(batch: int, context: int) -> None:
     """Raises ValueError for a batch or context below 1."""
     for field, value in (("batch", batch), ("context", context)):

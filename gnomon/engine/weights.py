@@ -82,6 +82,11 @@ class StepWeights:
     project_in: Tensor | None = None
     project_out: Tensor | None = None
 
+    @property
+    def int8(self) -> bool:
+        """Whether the matrices are row-scaled int8."""
+        return self.head.scale is not None
+
     def quantized(self) -> StepWeights:
         """Row-scaled int8 throughout but for the embedding and its projections.
 

@@ -65,8 +65,8 @@ def find(policy: str, reference: str | None, root: str | Path, spec: HostSpec) -
 
     Args:
         policy: config name.
-        reference: ``auto`` (the newest of the policy's class for this host), a folder, a hub id,
-            or None.
+        reference: ``auto`` (the newest of the policy's class for this host; for a policy of means
+            the newest whose means were harvested), a folder, a hub id, or None.
         root: folder of trained predictors.
         spec: the host's.
 
@@ -89,8 +89,8 @@ def find(policy: str, reference: str | None, root: str | Path, spec: HostSpec) -
 
 
 def find_means(found: Found, root: str | Path, spec: HostSpec) -> Mapping[Any, Tensor] | None:
-    """Per-unit means for the static bracket: of the run's own predictor, else the host's newest."""
-    if found.predictor is not None:
+    """Harvested per-unit means for the static bracket: the run's own, else the host's newest."""
+    if found.predictor is not None and not found.predictor.learned_means:
         return found.predictor.means
     try:
         return load_predictor(str(find_predictor(Path(root), spec, None))).means

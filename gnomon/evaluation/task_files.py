@@ -116,6 +116,16 @@ def local_config(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+def file_facts(folder: str | Path, names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """What tells a task's file from its earlier self: (resolved path, bytes, time in ns) of each.
+
+    Raises:
+        ValueError: no such folder or file.
+    """
+    files = [_file(Path(folder).expanduser(), name).resolve() for name in names]
+    return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
+
+
 def read_examples(path: Path) -> Iterator[Example]:
     """The checked examples of a file, with answers as whole numbers.
 

@@ -25,6 +25,7 @@ from gnomon.evaluation.brackets import check_brackets, measure_brackets
 from gnomon.evaluation.harness import Answers, ask, load_tasks, open_lm, require_harness
 from gnomon.evaluation.rows import BRACKETS
 from gnomon.evaluation.subject import Subject
+from gnomon.evaluation.task_files import file_facts
 from gnomon.policies import Policy
 
 SEVEN = ("piqa", "copa", "openbookqa", "winogrande", "rte", "hellaswag", "arc_easy")
@@ -94,8 +95,9 @@ class Tasks:
 
     @cached_property
     def tasks(self) -> dict[str, Any]:
-        """The harness's tasks by name; the jobs of a sweep share them."""
-        key = json.dumps([list(self.names), str(self.path), self.fewshot])
+        """The harness's tasks by name; the jobs of a sweep share them while the files last."""
+        files = None if self.path is None else file_facts(self.path, self.names)
+        key = json.dumps([list(self.names), files, self.fewshot])
         if key not in _loaded:
             _loaded.clear()
             _loaded[key] = load_tasks(self.names, self.path, self.fewshot)

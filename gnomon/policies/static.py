@@ -49,6 +49,9 @@ class Static(Policy):
     Args:
         source: a predictor, a trace store, or ``{"heads": (L, H), "neurons": (L, F)}``.
         budget: every spread is offered; ``global`` ranks the means of all layers together.
+
+    Raises:
+        ValueError: a ranking over all layers of learned scores, which compare within a layer.
     """
 
     name = "static"
@@ -64,6 +67,12 @@ class Static(Policy):
         prefill: Prefill = "dense",
     ) -> None:
         super().__init__(budget, "static", batch, kv, prefill)
+        if getattr(source, "learned_means", False) and budget.spread in ("global", "hybrid"):
+            raise ValueError(
+                f"budget.spread={budget.spread!r} ranks the scores of all layers together, and "
+                "those of a trained static predictor compare within a layer only: use "
+                "budget.spread=layer, or a policy.predictor whose means were harvested"
+            )
         self._source, self._means = source, means_of(source)
 
     def prepare(self, model: nn.Module) -> None:
