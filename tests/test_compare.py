@@ -107,6 +107,18 @@ def test_a_mistake_ends_a_sweep(tmp_path: Path, monkeypatch, capsys):
     assert "varient" in capsys.readouterr().err
 
 
+def test_a_sweep_of_refusals_alone_fails(tmp_path: Path, monkeypatch, capsys):
+    command = (
+        "evaluate.py -m experiment=smoke_eval policy=griffin budget.density=null "
+        f"budget.bytes=0.2,0.3 paths.root={tmp_path} hydra.sweep.dir={tmp_path / 'sweep'}"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 2
+    assert "griffin: budget.bytes=0.2 cannot be reached" in capsys.readouterr().out
+
+
 def test_a_policy_that_was_run_stands_for_its_brackets():
     """griffin's random bracket keeps every head, a run of random does not: one line, the run's."""
     bracket = {"policy": "random", "density": density(1, 0.3, 0.9), "quality": texts(1.2)}
