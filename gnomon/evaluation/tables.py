@@ -59,7 +59,10 @@ _VIEW: tuple[Column, ...] = (
     ("tasks", number("acc_sparse", "{:.3f}")),
     ("Δ tasks", task_difference),
 )
-_EXTRA = ("host", "text", "protocol", "refresh", "batch", "kv", "prefill", "predictor", "objective", "seed")
+_EXTRA = (
+    *("host", "text", "protocol", "refresh", "batch", "kv", "prefill"),
+    *("predictor", "objective", "seed"),
+)
 _LEFT = ("policy", *_EXTRA)
 _OPTIONAL = ("ppl", "ratio [95 %]", "KL", "agree", "tasks", "Δ tasks")
 NOTE = (
