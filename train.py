@@ -4,6 +4,7 @@
     python train.py host=hf host.name=<hub id | folder | GGUF> text=file text.path=<file>
     python train.py objective=kl init=<folder>          # end to end, from a trained predictor
     python train.py predictor=calibration               # no training: activation statistics
+    python train.py predictor=sketch trainer.max_steps=0 # no training: few-bit copies
 
 The last line of output is the predictor's folder (with harvest.mode=only: the trace folder).
 """
@@ -38,6 +39,8 @@ from gnomon.host import HostSpec
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.objectives import Objective
+from gnomon.predictors.sketch import Sketch
+from gnomon.sketching import sketch
 
 
 @hydra.main(version_base="1.3", config_path="pkg://gnomon.conf", config_name="train")
@@ -63,6 +66,9 @@ def main(cfg: DictConfig) -> None:
     criterion = instantiate(cfg.criterion)
     if cfg.init is not None:
         start_from(predictor, cfg.init, spec)
+    elif isinstance(predictor, Sketch):
+        text = instantiate(cfg.text)
+        sketch(predictor, model, tokenizer, spec, text, batch=cfg.harvest.batch)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     checkpoints = training.checkpoint_folder(Path(cfg.paths.checkpoints), spec, predictor, config)
     trainer = make_trainer(cfg, checkpoints, objective)

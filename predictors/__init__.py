@@ -5,6 +5,7 @@ from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
 from gnomon.predictors.folder import find_predictor, load_predictor
 from gnomon.predictors.shadow import Shadow
+from gnomon.predictors.sketch import Sketch
 from gnomon.predictors.static import Static
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Predictor",
     "PredictorInfo",
     "Shadow",
+    "Sketch",
     "Static",
     "find_predictor",
     "load_predictor",

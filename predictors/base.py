@@ -12,7 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
-from gnomon.predictors.linear import LinearStack, StackByKind
+from gnomon.predictors.linear import Stack, StackByKind
 
 QUANTILES = 201  # predicted-score quantiles kept per layer: every half percent of density
 
@@ -147,13 +147,13 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights are row-scaled int8."""
-        return all(m.quantized for m in self.modules() if isinstance(m, LinearStack))
+        """Whether the weights are rounded as they are used at inference."""
+        return all(m.quantized for m in self.modules() if isinstance(m, Stack))
 
     @property
     def nbytes(self) -> int:
         """Bytes read when every unit is scored once: weights as they are now, scales and biases."""
-        return sum(m.nbytes for m in self.modules() if isinstance(m, LinearStack))
+        return sum(m.nbytes for m in self.modules() if isinstance(m, Stack))
 
     def bytes_for(self, kinds: Sequence[UnitKind]) -> int:
         """Bytes read when only these kinds are scored; a kind's own networks bear its name."""
@@ -161,7 +161,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         return sum(
             m.nbytes
             for path, m in self.named_modules()
-            if isinstance(m, LinearStack) and path.rpartition(".")[2] not in other
+            if isinstance(m, Stack) and path.rpartition(".")[2] not in other
         )
 
     def set_means(self, means: Mapping[UnitKind, Tensor]) -> None:
@@ -183,16 +183,16 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             self.quantiles[kind].copy_(quantiles[kind])
 
     def quantize(self) -> Self:
-        """Turns the weights into row-scaled int8, in place; training ends here."""
+        """Rounds the weights as they are used at inference, in place; training ends here."""
         for m in self.modules():
-            if isinstance(m, LinearStack):
+            if isinstance(m, Stack):
                 m.quantize()
         return self
 
     def dequantize(self) -> Self:
-        """Turns int8 weights back into fp32 parameters, in place, so that training can go on."""
+        """Turns rounded weights back into fp32 parameters, in place: training can go on."""
         for m in self.modules():
-            if isinstance(m, LinearStack):
+            if isinstance(m, Stack):
                 m.dequantize()
         return self
 

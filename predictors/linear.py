@@ -10,13 +10,52 @@ from torch import Tensor, nn
 from gnomon.kernels.rowscaled_linear import quantize_rows, rowscaled_linear
 
 
-class LinearStack(nn.Module):
-    """S linears of N outputs and K inputs, kept in one tensor so that training runs one GEMM.
+class Stack(nn.Module):
+    """S linears of N outputs and K inputs, in full precision to train and rounded to use.
 
     Attributes:
+        shape: (S, N, K).
         weight: (S, N, K) fp32 parameter while training; absent once quantised.
-        q, scale: (S, N, K) int8 and (S, N) fp32 once quantised; absent before.
         bias: (S, N) fp32, or None.
+    """
+
+    shape: tuple[int, int, int]
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are rounded, and training has ended."""
+        return self.weight is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales and biases as stored now."""
+        tensors = (*self.parameters(), *self.buffers())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def quantize(self) -> None:
+        """Rounds the weights, in place; again does nothing."""
+        raise NotImplementedError
+
+    def dequantize(self) -> None:
+        """Turns rounded weights back into fp32 parameters, in place; again does nothing."""
+        raise NotImplementedError
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Each linear on its own rows: x (S, R, K) -> (S, R, N)."""
+        raise NotImplementedError
+
+    def one(self, index: int, x: Tensor) -> Tensor:
+        """The linear ``index`` alone: x (..., K) -> (..., N)."""
+        raise NotImplementedError
+
+
+class LinearStack(Stack):
+    """A stack of row-scaled int8, kept in one tensor so that training runs one GEMM.
+
+    Attributes:
+        q, scale: (S, N, K) int8 and (S, N) fp32 once quantised; absent before.
     """
 
     def __init__(
@@ -25,23 +64,10 @@ class LinearStack(nn.Module):
         """Draws weights with standard deviation ``gain / sqrt(inputs)`` and zero biases."""
         super().__init__()
         self.shape = (stack, outputs, inputs)
-        self.weight: nn.Parameter | None = nn.Parameter(
-            torch.randn(self.shape) * (gain / math.sqrt(inputs))
-        )
+        self.weight = nn.Parameter(torch.randn(self.shape) * (gain / math.sqrt(inputs)))
         self.bias = nn.Parameter(torch.zeros(stack, outputs)) if bias else None
         self.register_buffer("q", None)
         self.register_buffer("scale", None)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weights are row-scaled int8."""
-        return self.weight is None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights, scales and biases as stored now."""
-        tensors = (*self.parameters(), *self.buffers())
-        return sum(t.numel() * t.element_size() for t in tensors)
 
     def quantize(self) -> None:
         """Replaces the fp32 weights by row-scaled int8, in place; again does nothing."""

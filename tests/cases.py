@@ -18,6 +18,8 @@ from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
 from gnomon.predictors.shadow import Shadow
+from gnomon.predictors.sketch import Sketch
+from gnomon.sketching import ffn_weights
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt"]
 
@@ -27,12 +29,15 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
     spec = describe(model)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        cls = {"shadow": Shadow, "dejavu": DejaVu}[kind]
+        cls = {"shadow": Shadow, "dejavu": DejaVu, "sketch": Sketch}[kind]
         sizes = {"rank": 8} | ({"hidden": 16} if kind == "shadow" else {})
         made = cls.for_host(spec, **(sizes | params))
         with torch.no_grad():
             for p in made.parameters():
                 p.add_(torch.randn_like(p))
+        if isinstance(made, Sketch):  # whatever the moments, it copies its host
+            for layer in range(spec.L):
+                made.adopt(layer, *ffn_weights(model, spec, layer), torch.eye(spec.D))
         made.set_means({"heads": torch.rand(spec.L, spec.H), "neurons": torch.rand(spec.L, spec.F)})
         rows = torch.randn(64, len(made.taps), made.width)
         q = torch.linspace(0, 1, 201)
@@ -76,6 +81,10 @@ POLICIES: dict[str, Make] = {
         predictor(m, "dejavu", lookahead=1, neurons_site="layer_input"), b
     ),
     "dejavu-prompt": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b, refresh="prompt"),
+    "sketch": lambda m, b: policies.Sketch(predictor(m, "sketch").quantize(), b),
+    "sketch-shared": lambda m, b: policies.Sketch(
+        predictor(m, "sketch", bits=3, up_bits=1).quantize(), b, batch="shared"
+    ),
     "griffin-prompt": lambda m, b: policies.Griffin(neurons(b)),
     "griffin-sampling-prompt": lambda m, b: policies.Griffin(neurons(b), variant="sampling"),
     "griffin-shared-prompt": lambda m, b: policies.Griffin(neurons(b), batch="shared"),

@@ -55,7 +55,7 @@ def decode(*overrides: str) -> tuple[list[dict], list[str]]:
 
 
 def test_decode_rows_share_one_host_and_hold_what_the_contract_names():
-    names = ["shadow", "dejavu", "prompt", "static", "random", "dense_int8"]
+    names = ["shadow", "dejavu", "prompt", "static", "random", "dense_int8", "sketch"]
     rows, left_out = decode(f"policies=[{','.join(names)}]", "hf=eager")
     assert [row["policy"] for row in rows] == names
     assert left_out == []

@@ -189,7 +189,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny host with the wide FFN of real ones, and a folder with one predictor of each class."""
     root = tmp_path_factory.mktemp("predictors")
     model, _ = tiny_host("llama", intermediate_size=512)
-    for made in (calibration(model), predictor(model), predictor(model, "dejavu")):
+    for made in (
+        calibration(model),
+        predictor(model),
+        predictor(model, "dejavu"),
+        predictor(model, "sketch"),
+    ):
         write_folder(made, root / made.name)
     return model, describe(model), root
 

@@ -31,7 +31,7 @@ def student(
     kind: str = "shadow", budget: Budget = BOTH, family: str = "llama", **how: Any
 ) -> Student:
     model, _ = tiny_host(family)
-    params = how.pop("params", {})
+    params = how.pop("params", {}) | ({"tune": True} if kind == "sketch" else {})
     return Student(model, describe(model), predictor(model, kind, **params), budget, **how)
 
 
@@ -54,7 +54,7 @@ REFRESH = [
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
-@pytest.mark.parametrize("kind", ["shadow", "dejavu"])
+@pytest.mark.parametrize("kind", ["shadow", "dejavu", "sketch"])
 @pytest.mark.parametrize(("how", "lengths"), REFRESH)
 def test_its_logits_are_those_of_sparsify(
     how: dict[str, str], lengths: Tensor | None, kind: str, family: str
@@ -96,7 +96,7 @@ def gradients(made: Student) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize("kind", ["shadow", "dejavu"])
+@pytest.mark.parametrize("kind", ["shadow", "dejavu", "sketch"])
 def test_gradients_reach_the_predictor_and_not_the_host(kind: str) -> None:
     made = student(kind)
     before = {name: p.clone() for name, p in made.model.state_dict().items()}

@@ -17,10 +17,11 @@ from gnomon.engine.cache import Cache
 from gnomon.engine.engine import Engine
 from gnomon.evaluation.decoding import Cell
 from gnomon.host import KINDS, HostSpec
-from gnomon.policies import DejaVu, DenseInt8, Policy, Random, Shadow, Static
+from gnomon.policies import DejaVu, DenseInt8, Policy, Random, Shadow, Sketch, Static
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 from gnomon.predictors.shadow import Shadow as ShadowPredictor
+from gnomon.predictors.sketch import Sketch as SketchPredictor
 
 
 @dataclass
@@ -48,6 +49,18 @@ class Bench:
         """Random predictors of every layer, int8."""
         rank = self.cfg.rank
         return self._once("dejavu", lambda: DejaVuPredictor.for_host(self.spec, rank=rank))
+
+    def sketch(self) -> Predictor:
+        """Random codes of 2 bits: a step reads and computes the same, whatever they say."""
+        if "sketch" not in self._made:
+            with torch.device("meta"):  # latent weights in fp32 would be twice the host
+                made = SketchPredictor.for_host(self.spec).quantize()
+            made = made.to_empty(device=self.model.device)
+            for name, tensor in (*made.named_buffers(), *made.named_parameters()):
+                whole = not tensor.is_floating_point()
+                tensor.random_(0, 127) if whole else tensor.fill_(0.01 * name.endswith("scale"))
+            self._made["sketch"] = made.eval()
+        return self._made["sketch"]
 
     def means(self) -> dict[str, Tensor]:
         """Random means: which units a static policy keeps."""
@@ -97,6 +110,7 @@ Make = Callable[["Bench", Budget], Policy]
 POLICIES: dict[str, Make] = {
     "shadow": lambda b, k: Shadow(b.shadow(), k, "token", b.cfg.policy_batch),
     "dejavu": lambda b, k: DejaVu(b.dejavu(), k, "token", b.cfg.policy_batch),
+    "sketch": lambda b, k: Sketch(b.sketch(), k, "token", b.cfg.policy_batch),
     "prompt": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch, "drop"),
     "prompt_keep": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch),
     "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),

@@ -13,21 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gnomon.activation import KERNEL_NAMES
 from gnomon.engine.expressible import decoder_of, require_expressible, unsupported
 from gnomon.engine.rotary import RotaryTables
 from gnomon.host import HostSpec, module, weight
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-"""Hugging Face's activation names -> the kernels'."""
-
 
 _PRE = {"input_layernorm", "post_attention_layernorm"}
 _SANDWICH = {  # Gemma 2 and 3
@@ -113,7 +102,7 @@ def read_arithmetic(model: nn.Module, spec: HostSpec, limit: int) -> Arithmetic:
         UnsupportedHostError: something this module cannot express; says what.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-    if spec.activation not in ACTIVATIONS:
+    if spec.activation not in KERNEL_NAMES:
         raise unsupported(model, f"its activation {spec.activation!r} has no kernel")
     require_expressible(model, spec)
     parent = decoder_of(model, spec)
@@ -121,7 +110,7 @@ def read_arithmetic(model: nn.Module, spec: HostSpec, limit: int) -> Arithmetic:
         tables = RotaryTables(model, spec, limit)
         return Arithmetic(
             layers=tuple(_layer(model, spec, i, tables) for i in range(spec.L)),
-            activation=ACTIVATIONS[spec.activation],
+            activation=KERNEL_NAMES[spec.activation],
             embed_scale=_embed_scale(model, spec),
             positions=_positions(model, parent, limit),
             final=_final(model, parent, spec),

@@ -20,6 +20,7 @@ from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
+from gnomon.policies.sketch import Sketch
 from gnomon.policies.skip_sublayers import SkipSublayers
 from gnomon.policies.static import Static
 from gnomon.policies.teal import Teal
@@ -28,7 +29,7 @@ from gnomon.policies.wrap import Wrapper
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
-        *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu),
+        *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu, Sketch),
         *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
         *(Core, DenseFallback),
     )
@@ -94,6 +95,7 @@ __all__ = [
     "Random",
     "Seen",
     "Shadow",
+    "Sketch",
     "SkipSublayers",
     "Static",
     "Teal",

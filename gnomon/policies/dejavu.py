@@ -13,6 +13,7 @@ from gnomon.host import KINDS, UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import KV, Batch, Refresh, Seen
 from gnomon.policies.learned import Learned
+from gnomon.predictors.base import Predictor
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 
 
@@ -25,11 +26,11 @@ class DejaVu(Learned):
 
     name = "dejavu"
     spreads = ("layer", "global", "hybrid", "calibrated")
-    accepts = DejaVuPredictor
+    accepts: type[Predictor] = DejaVuPredictor
 
     def __init__(
         self,
-        predictor: DejaVuPredictor,
+        predictor: Predictor,
         budget: Budget,
         refresh: Refresh | None = None,
         batch: Batch = "per_sequence",
@@ -38,9 +39,9 @@ class DejaVu(Learned):
         super().__init__(predictor, budget, refresh, batch, kv)
         if not budget.fixed_counts and (batch == "shared" or budget.head_unit == "group"):
             raise ValueError(
-                f"policy=dejavu calibrates budget.spread={budget.spread!r} on the scores of single "
-                "units and sequences: use policy.batch=per_sequence and budget.head_unit=head, or "
-                "budget.spread=layer"
+                f"policy={self.name} calibrates budget.spread={budget.spread!r} on the scores of "
+                "single units and sequences: use policy.batch=per_sequence and "
+                "budget.head_unit=head, or budget.spread=layer"
             )
 
     def settle(self, budget: Budget) -> None:

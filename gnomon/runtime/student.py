@@ -32,7 +32,7 @@ from gnomon.policies import POLICIES
 from gnomon.policies.base import Refresh, Seen
 from gnomon.policies.learned import Learned
 from gnomon.predictors.base import Predictor
-from gnomon.predictors.linear import LinearStack
+from gnomon.predictors.linear import Stack
 from gnomon.runtime.positions import Step, read_step
 
 # kind, layer, scores (B, T' or 1, N), unit tensor (B, T', …) before its mask, sparse (B, T')
@@ -262,5 +262,5 @@ def _freeze_whole(predictor: Predictor, budget: Budget) -> None:
     """No gradient for the networks of a kind that is kept whole; they bear its name."""
     whole = [kind for kind in KINDS if budget.target(kind) == 1]
     for path, part in predictor.named_modules():
-        if isinstance(part, LinearStack) and path.rpartition(".")[2] in whole:
+        if isinstance(part, Stack) and path.rpartition(".")[2] in whole:
             part.requires_grad_(False)

@@ -1,0 +1,83 @@
+"""Fills a sketch: second moments of every FFN's input on calibration text, then the rounding."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnomon.data.text import Text
+from gnomon.hooks import HostHooks
+from gnomon.host import HostSpec, Tap, module, weight
+from gnomon.predictors.sketch import Sketch
+
+
+@torch.no_grad()
+def sketch(
+    into: Sketch,
+    model: nn.Module,
+    tokenizer: Any,
+    spec: HostSpec,
+    text: Text,
+    *,
+    batch: int = 4,
+) -> None:
+    """Copies the FFNs of a host into a sketch.
+
+    Args:
+        into: an empty sketch of this host.
+        model: the host.
+        tokenizer: its tokenizer.
+        spec: its description.
+        text: where documents come from; its training part is read.
+        batch: blocks in one forward.
+
+    Raises:
+        ValueError: the text is shorter than a block, inputs are not finite, or a fused gate_up
+            linear whose rows are in no known order.
+    """
+    weights = [ffn_weights(model, spec, layer) for layer in range(spec.L)]
+    blocks = text.blocks(tokenizer, "train", max(into.tokens, text.block))
+    for layer, moments in enumerate(ffn_moments(model, spec, blocks.ids, batch)):
+        projections, biases, norms = weights[layer]
+        into.adopt(layer, projections, biases, norms, moments)
+
+
+def ffn_moments(model: nn.Module, spec: HostSpec, ids: Tensor, batch: int) -> Tensor:
+    """Mean of x xᵀ over tokens of each FFN's input x: ids (n, block) -> (L, D, D) fp64."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(spec.L, spec.D, spec.D, dtype=torch.float64, device=device)
+
+    def add(layer: int, x: Tensor) -> None:
+        rows = x.flatten(0, -2).double()
+        sums[layer].addmm_(rows.T, rows)
+
+    with torch.no_grad(), HostHooks(model, spec) as hooks:
+        for layer in range(spec.L):
+            hooks.on_tap(Tap(layer, "ffn_input"), partial(add, layer))
+        for part in ids.split(batch):
+            model(input_ids=part.to(device), use_cache=False)
+    return sums / ids.numel()
+
+
+def ffn_weights(
+    model: nn.Module, spec: HostSpec, layer: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What a layer's neurons are made from.
+
+    Returns:
+        role (``gate``, ``up``) -> rows (F, D); role -> biases (F,), empty without; ‖w_down‖ (F,).
+    """
+    paths = spec.layers[layer]
+    weights, biases = {}, {}
+    for role, path in (("gate", paths.gate), ("up", paths.up)):
+        if path is None:
+            continue
+        rows = spec.blocks(role) if paths.gate == paths.up else slice(None)
+        weights[role] = weight(model, path).detach()[rows]
+        bias = getattr(module(model, path), "bias", None)
+        if bias is not None:
+            biases[role] = bias.detach()[rows].float()
+    return weights, biases, weight(model, paths.down).detach().float().norm(dim=0)

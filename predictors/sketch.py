@@ -1,0 +1,227 @@
+"""Sketch: few-bit copies of the FFN's own projections say which neurons will matter.
+
+What a neuron adds to the residual stream has the magnitude |act(x·w_gate) (x·w_up)| ‖w_down‖, all
+of which the host holds. A sketch keeps the gate and up projections in 1 to 4 bits, rounded so that
+their outputs change least (:mod:`gnomon.predictors.rounding`), and scores by what they give:
+
+    score = log |act(x Ĝᵀ) · (x Ûᵀ)| + b,    b = log ‖w_down‖ to begin with
+
+so that it needs no training: ``trainer.max_steps=0``. At 2 bits it reads an eighth of the bf16
+projections that it copies. ``objective=kl`` with ``tune=True`` trains the copies, scales and b end
+to end. Heads have a low-rank network each (as DejaVu's), which starts at the fixed choice.
+
+No paper: SparseInfer (https://arxiv.org/abs/2411.12692) decides by the sign bits of gate and input
+alone, for ReLU; 1-bit copies of an FFN without a gate are its relatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gnomon.activation import kernel_name
+from gnomon.host import HostSpec, Site, Tap, UnitKind
+from gnomon.kernels.gather_common import activate
+from gnomon.kernels.sketch_scores import TINY, sketch_scores
+from gnomon.predictors.base import Predictor, decidable_from
+from gnomon.predictors.fewbit import FewBitStack
+from gnomon.predictors.linear import LinearStack, StackByKind, rms_normalise
+from gnomon.predictors.rounding import round_rows
+
+
+class Sketch(Predictor):
+    """Scores neurons from the input of their own FFN, heads from that of their layer.
+
+    Args:
+        L, H, F: layers, heads and neurons of the host.
+        width: D, width of every tap.
+        activation: of the FFN, by the kernels' name.
+        gated: whether the FFN has a gate.
+        bias: whether its gate and up projections have one; :meth:`adopt` adds it where they do.
+        bits: of a weight of the copies, 1 to 4.
+        up_bits: of those of the up projection; None: ``bits``. Only of a gated FFN.
+        rank: inner width of the heads' networks.
+        heads_site: where heads are decided from.
+        tune: whether the copies are trained; row objectives train the heads' networks alone.
+        tokens: of the training text, on whose FFN inputs the rounding errs least.
+
+    Raises:
+        ValueError: bits that are not offered, or a site that heads cannot be decided from.
+    """
+
+    name = "sketch"
+
+    def __init__(
+        self,
+        L: int,
+        H: int,
+        F: int,
+        width: int,
+        activation: str,
+        gated: bool = True,
+        bias: bool = False,
+        bits: int = 2,
+        up_bits: int | None = None,
+        rank: int = 32,
+        heads_site: Site = "layer_input",
+        tune: bool = False,
+        tokens: int = 16384,
+    ) -> None:
+        if decidable_from(Tap(0, heads_site), "heads") > 0:
+            raise ValueError(
+                f"predictor.heads_site={heads_site!r} exists only after the heads of its layer "
+                "have run; use layer_input or attn_input"
+            )
+        if rank < 1:
+            raise ValueError(f"predictor.rank={rank}: use 1 or more")
+        taps = {Tap(i, site) for i in range(L) for site in (heads_site, "ffn_input")}
+        super().__init__(L, H, F, width, tuple(sorted(taps)))
+        self.activation, self.gated, self.bias, self.tune = activation, gated, bias, tune
+        self.bits, self.up_bits = bits, up_bits if gated and up_bits else bits
+        self.rank, self.heads_site, self.tokens = rank, heads_site, tokens
+        self.gate = FewBitStack(L, F, width, bits, bias=bias) if gated else None
+        self.up = FewBitStack(L, F, width, self.up_bits, bias=bias)
+        self.neurons_bias = nn.Parameter(torch.zeros(L, F))
+        for part in self.copies:
+            part.requires_grad_(tune)
+        self.neurons_bias.requires_grad_(tune)
+        self.inner = StackByKind({"heads": LinearStack(L, rank, width, bias=False)})
+        self.outputs = StackByKind({"heads": LinearStack(L, H, rank, gain=0.0)})
+        self._places = {site: self._taps_at(site) for site in (heads_site, "ffn_input")}
+
+    @classmethod
+    def for_host(
+        cls,
+        spec: HostSpec,
+        bits: int = 2,
+        up_bits: int | None = None,
+        rank: int = 32,
+        heads_site: Site = "layer_input",
+        tune: bool = False,
+        tokens: int = 16384,
+    ) -> Self:
+        """An empty one, sized for a host; :mod:`gnomon.sketching` fills it."""
+        return cls(
+            *(spec.L, spec.H, spec.F, spec.D, kernel_name(spec), spec.gated, False),
+            *(bits, up_bits, rank, heads_site, tune, tokens),
+        )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able, but for how it is filled and trained."""
+        sizes = {"L": self.L, "H": self.H, "F": self.F, "width": self.width}
+        ffn = {"activation": self.activation, "gated": self.gated, "bias": self.bias}
+        own = {"bits": self.bits, "up_bits": self.up_bits, "rank": self.rank}
+        return sizes | ffn | own | {"heads_site": self.heads_site}
+
+    @property
+    def copies(self) -> list[FewBitStack]:
+        """The few-bit copies: what is activated first."""
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    @torch.no_grad()
+    def adopt(
+        self,
+        layer: int,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        norms: Tensor,
+        moments: Tensor,
+    ) -> None:
+        """Copies the FFN of one layer.
+
+        Args:
+            layer: whose.
+            weights: ``up`` and, with a gate, ``gate``: (F, D) in the host's dtype.
+            biases: the same, (F,); empty without.
+            norms: ‖w_down‖ of every neuron, (F,).
+            moments: (D, D) mean of x xᵀ over calibration tokens.
+        """
+        if biases and not self.bias:
+            self.bias = True
+            for copy in self.copies:
+                copy.add_bias(self.tune)
+        roles = ("gate", "up") if self.gated else ("up",)
+        for role, copy in zip(roles, self.copies, strict=True):
+            rounded, scale = round_rows(weights[role].to(moments.device), moments, copy.bits)
+            copy.adopt(layer, rounded, scale, biases.get(role))
+        self.neurons_bias[layer].copy_(norms.float().clamp_min(TINY).log())
+
+    def decided_from(self, kind: UnitKind, layer: int) -> Tap | None:
+        """Neurons from their own FFN's input, heads from their layer's."""
+        return Tap(layer, self.heads_site if kind == "heads" else "ffn_input")
+
+    def encode(self, tap: Tap, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> fp32: as it is for neurons, normalised for heads."""
+        return hidden.float() if tap.site == "ffn_input" else rms_normalise(hidden)
+
+    def score(self, kind: UnitKind, layer: int, code: Tensor) -> Tensor:
+        """Scores of one layer: code (..., D) -> (..., N)."""
+        self._require_decided(kind, layer)
+        if kind == "heads":
+            return self.outputs[kind].one(layer, self.inner[kind].one(layer, code).relu())
+        if not self.quantized:
+            parts = [copy.one(layer, code) for copy in self.copies]
+            return self._combined(parts, self.neurons_bias[layer])
+        first, second = self.copies[0], self.copies[1] if self.gated else None
+        found: Tensor = sketch_scores(
+            code.reshape(-1, self.width),
+            first.codes[layer],
+            first.scale[layer],
+            first.bits,
+            self.activation,
+            self.neurons_bias[layer],
+            None if second is None else second.codes[layer],
+            None if second is None else second.scale[layer],
+            0 if second is None else second.bits,
+            None if first.bias is None else first.bias[layer],
+            None if second is None or second.bias is None else second.bias[layer],
+        )
+        return found.view(*code.shape[:-1], self.F)
+
+    def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
+        """inputs (R, n_taps, D) -> kind -> (R, L, N); batched GEMMs."""
+        rows = inputs.transpose(0, 1)
+        heads = rms_normalise(rows[self._places[self.heads_site]])
+        inner = self.inner["heads"].grouped(heads).relu()
+        x = rows[self._places["ffn_input"]].float()
+        parts = [copy.grouped(x) for copy in self.copies]
+        return {
+            "heads": self.outputs["heads"].grouped(inner).transpose(0, 1),
+            "neurons": self._combined(parts, self.neurons_bias[:, None]).transpose(0, 1),
+        }
+
+    def bytes_for(self, kinds: Any) -> int:
+        """Bytes read when only these kinds are scored."""
+        heads = sum(part["heads"].nbytes for part in (self.inner, self.outputs))
+        own = sum(copy.nbytes for copy in self.copies)
+        neurons = own + self.neurons_bias.numel() * self.neurons_bias.element_size()
+        return heads * ("heads" in kinds) + neurons * ("neurons" in kinds)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read when every unit is scored once."""
+        return self.bytes_for(("heads", "neurons"))
+
+    def set_output_bias(self, bias: Mapping[UnitKind, Tensor]) -> None:
+        """Heads start at the fixed choice, (L, H); neurons need none."""
+        own = self.outputs["heads"].bias
+        assert own is not None
+        with torch.no_grad():
+            own.copy_(bias["heads"])
+
+    def quantize(self) -> Self:
+        """Rounds everything as it is used at inference, in place; training ends here."""
+        self.neurons_bias.requires_grad_(False)
+        return super().quantize()
+
+    def _combined(self, parts: list[Tensor], bias: Tensor) -> Tensor:
+        h = activate(parts[0], self.activation)
+        h = h if len(parts) == 1 else h * parts[1]
+        return (h.abs() + TINY).log() + bias
+
+    def _taps_at(self, site: str) -> list[int]:
+        return [i for i, tap in enumerate(self.taps) if tap.site == site]

@@ -1,0 +1,207 @@
+"""Sketch: few-bit copies of a host's FFN, rounded by output error, and what they choose."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_student_module import fitted
+from test_train import SMALL, configure, last_line
+from transformers import PreTrainedModel
+
+import gnomon
+from cases import predictor
+from gnomon import train
+from gnomon.activation import activation
+from gnomon.budget import Budget
+from gnomon.data.sources import SyntheticText
+from gnomon.hooks import HostHooks
+from gnomon.host import Tap, describe
+from gnomon.policies import Oracle, Random, Sketch, Static
+from gnomon.policies.base import Policy
+from gnomon.predictors.fewbit import FewBitStack
+from gnomon.predictors.objectives import Bce, Kl
+from gnomon.predictors.rounding import levels_of, nearest, round_rows
+from gnomon.predictors.sketch import Sketch as SketchPredictor
+from gnomon.sketching import ffn_moments, ffn_weights, sketch
+from gnomon.tiny import tiny_host
+
+GATED = ["llama", "gemma2", "phi3"]
+PLAIN = ["opt", "gpt2"]
+
+
+def correlated(rows: int, width: int) -> torch.Tensor:
+    """Inputs whose columns depend on each other, as hidden states do."""
+    torch.manual_seed(0)
+    mixed: torch.Tensor = torch.randn(rows, width // 4) @ torch.randn(width // 4, width)
+    return mixed + 0.3 * torch.randn(rows, width)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_rounding_loses_less_of_the_output_than_the_nearest_levels(bits: int) -> None:
+    x, weight = correlated(512, 37), torch.randn(11, 37)
+    rounded = levels_of(*round_rows(weight, x.T @ x, bits), bits)
+    plain = levels_of(*round_rows(weight, torch.eye(37), bits), bits)
+    assert all(len(row.unique()) <= 2**bits for row in rounded)
+
+    def error(w: torch.Tensor) -> float:
+        return float(((weight - w) @ x.T).norm())
+
+    assert error(rounded) < 0.9 * error(plain)
+    if bits == 4:
+        assert error(rounded) < 0.15 * float((weight @ x.T).norm())
+
+
+def test_rounding_refuses_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        round_rows(torch.randn(3, 8), torch.full((8, 8), torch.nan), 2)
+    assert round_rows(torch.zeros(3, 8), torch.eye(8), 2)[0].isfinite().all()
+    assert round_rows(torch.randn(3, 8), torch.zeros(8, 8), 2)[0].isfinite().all()
+
+
+def test_a_stack_scores_alike_before_and_after_it_is_packed() -> None:
+    stack = FewBitStack(2, 5, 19, bits=3, bias=True)
+    for i in range(2):
+        stack.adopt(i, torch.randn(5, 19), torch.rand(5) + 0.1, torch.randn(5))
+    x = torch.randn(2, 7, 19)
+    before, size = stack.grouped(x), stack.nbytes
+    stack.quantize()
+    torch.testing.assert_close(stack.grouped(x), before)
+    torch.testing.assert_close(stack.one(1, x[1]), before[1])
+    assert stack.nbytes == 2 * 5 * (24 * 3 // 8 + 4 + 4) < size
+    stack.dequantize()
+    torch.testing.assert_close(stack.grouped(x), before)
+    assert all(p.requires_grad for p in stack.parameters())
+
+
+def test_the_gradient_goes_straight_through_to_weights_and_scales() -> None:
+    stack = FewBitStack(1, 3, 4, bits=2)
+    weight, scale = torch.randn(3, 4), torch.rand(3) + 0.2
+    stack.adopt(0, weight, scale)
+    x = torch.randn(6, 4)
+    stack.one(0, x).sum().backward()
+    assert stack.weight is not None and stack.weight.grad is not None
+    torch.testing.assert_close(stack.weight.grad[0], x.sum(0).expand(3, 4))
+    level = nearest(weight / scale[:, None], 2)
+    assert isinstance(stack.scale, torch.nn.Parameter) and stack.scale.grad is not None
+    torch.testing.assert_close(stack.scale.grad[0], level @ x.sum(0))
+
+
+@pytest.mark.parametrize("family", [*GATED, *PLAIN])
+def test_at_four_bits_its_choice_is_nearly_the_oracles(family: str) -> None:
+    model, tokenizer = tiny_host(family)
+    spec = describe(model)
+    made = SketchPredictor.for_host(spec, bits=4, tokens=2048)
+    sketch(made, model, tokenizer, spec, SyntheticText(block=64, tokens=4096))
+    ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        dense = model(ids).logits
+    own = kl_of(model, Sketch(made.quantize(), Budget(neurons=0.5)), ids, dense)
+    best = kl_of(model, Oracle(Budget(neurons=0.5)), ids, dense)
+    drawn = kl_of(model, Random(Budget(neurons=0.5)), ids, dense)
+    fixed = kl_of(model, Static(predictor(model), Budget(neurons=0.5)), ids, dense)
+    assert best < own < best + 0.1 * (min(drawn, fixed) - best)
+
+
+def kl_of(model: PreTrainedModel, policy: Policy, ids: torch.Tensor, dense: torch.Tensor) -> float:
+    """KL of the sparse model's predictions from the dense model's, nats per token."""
+    with torch.no_grad(), gnomon.sparsify(model, policy, backend="mask", protocol="all"):
+        sparse = model(ids).logits
+    logs, base = sparse.log_softmax(-1), dense.log_softmax(-1)
+    return float((base.exp() * (base - logs)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt2", "qwen2"])
+def test_moments_and_weights_are_those_of_the_ffn(family: str) -> None:
+    """Act of what the copied rows give, times the up rows, is what the down-projection reads."""
+    model, _ = tiny_host(family)
+    spec, seen = describe(model), {}
+    ids = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), HostHooks(model, spec) as hooks:
+        hooks.on_tap(Tap(1, "ffn_input"), lambda x: seen.update(x=x))
+        hooks.on_units("neurons", 1, lambda h: seen.update(h=h))
+        model(ids)
+    weights, biases, norms = ffn_weights(model, spec, 1)
+    made = {role: seen["x"] @ w.T + biases.get(role, 0) for role, w in weights.items()}
+    act = activation(spec)
+    h = act(made["gate"]) * made["up"] if spec.gated else act(made["up"])
+    torch.testing.assert_close(h, seen["h"], rtol=1e-4, atol=1e-6)
+    assert norms.shape == (spec.F,)
+    moments = ffn_moments(model, spec, ids, batch=3)
+    rows = seen["x"].flatten(0, 1).double()
+    torch.testing.assert_close(moments[1], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_bytes_are_packed_codes_scales_and_offsets() -> None:
+    model, _ = tiny_host("llama")
+    spec = describe(model)
+    made = predictor(model, "sketch", bits=3, up_bits=1).quantize()
+    row = spec.D * 3 // 8 + spec.D // 8 + 3 * 4  # gate and up, two scales, one offset
+    assert made.bytes_for(("neurons",)) == spec.L * spec.F * row
+    heads = spec.L * (8 * (spec.D + 4) + spec.H * (8 + 4 + 4))
+    assert made.bytes_for(("heads",)) == heads and made.nbytes == heads + spec.L * spec.F * row
+    policy = Sketch(made, Budget(neurons=0.5))
+    policy.bind(model)
+    assert policy.predictor_bytes == spec.L * spec.F * row
+
+
+def test_a_sketch_of_an_ffn_with_biases_has_them() -> None:
+    model, _ = tiny_host("opt")
+    spec = describe(model)
+    made = predictor(model, "sketch")
+    assert made.params["bias"] and made.params["gated"] is False
+    _, biases, _ = ffn_weights(model, spec, 0)
+    assert made.up.bias is not None
+    torch.testing.assert_close(made.up.bias[0].detach(), biases["up"])
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [({"bits": 5}, "bits=5"), ({"rank": 0}, "rank=0"), ({"heads_site": "ffn_input"}, "heads_site")],
+)
+def test_refused_settings(params: dict[str, object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        SketchPredictor.for_host(describe(tiny_host("llama")[0]), **params)  # type: ignore[arg-type]
+
+
+def test_it_needs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One command makes it; its folder gives the scores that were measured."""
+    given = ("predictor=sketch", "trainer.max_steps=0")
+    cfg = configure(tmp_path, "host=tiny", "text=synthetic", "text.block=64", *SMALL[1:], *given)
+    train.main(cfg)
+    folder = last_line(capsys)
+    made = gnomon.load_predictor(folder)
+    assert isinstance(made, SketchPredictor) and made.quantized
+    config = json.loads((folder / "config.json").read_text())
+    assert config["metrics"]["neurons"]["recall"] > config["metrics"]["neurons"]["static"]["recall"]
+    assert config["metrics"]["heads"]["recall"] == config["metrics"]["heads"]["static"]["recall"]
+
+
+def test_end_to_end_training_improves_a_one_bit_sketch() -> None:
+    """The copies themselves are trained: less divergence, other codes."""
+    model, tokenizer = tiny_host()
+    spec = describe(model)
+    net = SketchPredictor.for_host(spec, bits=1, tune=True, tokens=2048)
+    sketch(net, model, tokenizer, spec, SyntheticText(block=32, tokens=4096))
+    net.info = replace(net.info, host=spec.name, spec_hash=spec.hash)
+    before = copy.deepcopy(net).quantize()
+    found = fitted(net, Kl(balanced=True), 40, lr=2e-3, warm=True)["student"]
+    assert found["kl"] < 0.9 * found["start"]["kl"]
+    assert not torch.equal(before.up.codes, net.up.codes)
+    assert found["float"]["kl"] == pytest.approx(found["kl"], rel=1e-3)  # rounding is in training
+
+
+def test_row_objectives_train_the_heads_alone() -> None:
+    model, tokenizer = tiny_host()
+    spec = describe(model)
+    net = SketchPredictor.for_host(spec, tokens=2048)
+    sketch(net, model, tokenizer, spec, SyntheticText(block=32, tokens=4096))
+    before = copy.deepcopy(net).quantize()
+    metrics = fitted(net, Bce(), 80, lr=2e-2, density={"heads": 0.5, "neurons": 0.5})
+    assert torch.equal(before.up.codes, net.up.codes)
+    assert torch.equal(before.neurons_bias, net.neurons_bias)
+    assert metrics["heads"]["recall"] > metrics["heads"]["static"]["recall"]
