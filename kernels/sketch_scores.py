@@ -1,12 +1,13 @@
 """Scores of FFN neurons from few-bit copies of the projections that make them.
 
     a = scale_a · (x · levels(inner)ᵀ) + bias_a          u likewise from ``linear``
-    score = log(|act(a) · u| + 1e-9) + offset            without ``linear``: u = 1
+    score = ½ log(act(a)² + floor_a) + ½ log(u² + floor_u) + offset     without ``linear``: no u
 
 x (M, D); inner and linear (F, row_bytes(D, bits)) uint8 (:mod:`gnomon.kernels.fewbit`), scales,
-biases and offset (F,) fp32; score (M, F) fp32. With offset = log ‖w_down‖ the score is the log of a
-neuron's magnitude |h|·‖w_down‖ as the copies tell it. Bytes read: F · D · (bits_inner +
-bits_linear) / 8, whatever M.
+biases, floors and offset (F,) fp32; score (M, F) fp32. A floor is what the square of a factor errs
+by: a neuron whose copy happens to give nothing is not taken to be nothing. With floors of 0 and
+offset = log ‖w_down‖ the score is the log of a neuron's magnitude |h|·‖w_down‖ as the copies tell
+it. Bytes read: F · D · (bits_inner + bits_linear) / 8 and the vectors, whatever M.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from gnomon.kernels.fewbit import check_bits, levels, row_bytes
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
 
-TINY = 1e-9  # keeps the log of an exact zero finite, below any score of a live neuron
+TINY = 1e-18  # of a square: keeps the log of zero finite, below any score of a live neuron
 
 
 def sketch_scores_reference(
@@ -27,9 +28,11 @@ def sketch_scores_reference(
     inner_bits: int,
     activation: str,
     offset: Tensor,
+    inner_floor: Tensor,
     linear: Tensor | None = None,
     linear_scale: Tensor | None = None,
     linear_bits: int = 0,
+    linear_floor: Tensor | None = None,
     inner_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
 ) -> Tensor:
@@ -41,9 +44,9 @@ def sketch_scores_reference(
         inner_scale: (F,) fp32.
         inner_bits: 1 to 4.
         activation: one of ``ACTIVATIONS``.
-        offset: (F,) fp32.
+        offset, inner_floor: (F,) fp32.
         linear: packed copy of the up projection of a gated FFN; None without a gate.
-        linear_scale, linear_bits: its own.
+        linear_scale, linear_bits, linear_floor: its own.
         inner_bias, linear_bias: (F,) fp32, the host's, or None.
 
     Returns:
@@ -52,13 +55,19 @@ def sketch_scores_reference(
     Raises:
         ValueError: bits, activation or shapes that do not fit.
     """
-    _check(x, inner, inner_bits, linear, linear_scale, linear_bits, activation)
+    _check(x, inner, inner_bits, linear, linear_scale, linear_bits, linear_floor, activation)
     a = _product(x, inner, inner_scale, inner_bits, inner_bias)
-    h = activate(a, activation)
+    score = half_log(activate(a, activation), inner_floor) + offset
     if linear is not None:
-        assert linear_scale is not None
-        h = h * _product(x, linear, linear_scale, linear_bits, linear_bias)
-    return (h.abs() + TINY).log() + offset
+        assert linear_scale is not None and linear_floor is not None
+        u = _product(x, linear, linear_scale, linear_bits, linear_bias)
+        score = score + half_log(u, linear_floor)
+    return score
+
+
+def half_log(factor: Tensor, floor: Tensor) -> Tensor:
+    """½ log(factor² + floor): the log of its magnitude, as far as it can be told."""
+    return 0.5 * (factor.square() + (floor + TINY)).log()
 
 
 def _product(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
@@ -73,6 +82,7 @@ def _check(
     linear: Tensor | None,
     linear_scale: Tensor | None,
     linear_bits: int,
+    linear_floor: Tensor | None,
     activation: str,
 ) -> None:
     check_choice("activation", activation, ACTIVATIONS)
@@ -86,8 +96,8 @@ def _check(
                 f"{name} is {packed.dtype} {tuple(packed.shape)}; {bits} bits of {x.shape[-1]} "
                 f"columns are uint8 {wanted}"
             )
-    if (linear is None) != (linear_scale is None):
-        raise ValueError("linear and linear_scale belong together: give both or neither")
+    if not (linear is None) == (linear_scale is None) == (linear_floor is None):
+        raise ValueError("linear, linear_scale and linear_floor belong together: give all or none")
 
 
 sketch_scores = torch.library.custom_op(
@@ -103,9 +113,11 @@ def _(
     inner_bits: int,
     activation: str,
     offset: Tensor,
+    inner_floor: Tensor,
     linear: Tensor | None = None,
     linear_scale: Tensor | None = None,
     linear_bits: int = 0,
+    linear_floor: Tensor | None = None,
     inner_bias: Tensor | None = None,
     linear_bias: Tensor | None = None,
 ) -> Tensor:

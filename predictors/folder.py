@@ -20,6 +20,7 @@ from gnomon.host import KINDS, HostSpec
 from gnomon.predictors.base import Predictor, PredictorInfo
 
 FORMAT = 1
+SHIPPED = Path(__file__).resolve().parent / "shipped"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -111,6 +112,29 @@ def find_predictor(
             "with the same host=… options, or give a folder: policy.predictor=<folder|hub id>"
         )
     return max(found)[2]
+
+
+def find_pretrained(spec: HostSpec, cls: str | type[Predictor] | None = None) -> Path:
+    """The predictor of a host that ships with the project (``policy.predictor=pretrained``).
+
+    Args:
+        spec: the host.
+        cls: class or its name; None for any.
+
+    Raises:
+        ValueError: none ships for this host and class; lists what does.
+    """
+    try:
+        return find_predictor(SHIPPED, spec, cls)
+    except ValueError:
+        pass
+    held = [read_config(file.parent) for file in sorted(SHIPPED.glob(f"**/{CONFIG}"))]
+    names = ", ".join(f"{c['class']} for {c['host']['name']}" for c in held) or "none"
+    name = cls if isinstance(cls, str) or cls is None else cls.name
+    raise ValueError(
+        f"policy.predictor=pretrained: no {name or 'predictor'} ships for host {spec.name!r} (spec "
+        f"{spec.hash}); what ships: {names}. Use policy.predictor=auto, a folder or a hub id"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

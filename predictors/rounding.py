@@ -24,6 +24,11 @@ SHARES = 15  # scales tried per row
 FITS = 2
 
 
+def output_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
+    """Mean square by which each row's output errs: (N, K) twice, mean x xᵀ (K, K) -> (N,)."""
+    return _error((weight - rounded).double(), moments.double()).float()
+
+
 def levels_of(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """What weights (..., N, K) round to at scales (..., N)."""
     return nearest(weight / scale[..., None], bits) * scale[..., None]

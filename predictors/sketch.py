@@ -4,11 +4,13 @@ What a neuron adds to the residual stream has the magnitude |act(x·w_gate) (x·
 of which the host holds. A sketch keeps the gate and up projections in 1 to 4 bits, rounded so that
 their outputs change least (:mod:`gnomon.predictors.rounding`), and scores by what they give:
 
-    score = log |act(x Ĝᵀ) · (x Ûᵀ)| + b,    b = log ‖w_down‖ to begin with
+    score = ½ log(act(x Ĝᵀ)² + γ) + ½ log((x Ûᵀ)² + υ) + b,    b = log ‖w_down‖ to begin with
 
-so that it needs no training: ``trainer.max_steps=0``. At 2 bits it reads an eighth of the bf16
-projections that it copies. ``objective=kl`` with ``tune=True`` trains the copies, scales and b end
-to end. Heads have a low-rank network each (as DejaVu's), which starts at the fixed choice.
+so that it needs no training: ``trainer.max_steps=0``. υ is the mean square by which x Ûᵀ errs on
+calibration text, γ a tenth of that of x Ĝᵀ: a neuron is not taken for nothing because a coarse copy
+of one of its factors gives nothing. At 2 bits it reads an eighth of the bf16 projections that it
+copies. ``objective=kl`` with ``tune=True`` trains copies, scales and b end to end. Heads have a
+low-rank network each (as DejaVu's), which starts at the fixed choice.
 
 No paper: SparseInfer (https://arxiv.org/abs/2411.12692) decides by the sign bits of gate and input
 alone, for ReLU; 1-bit copies of an FFN without a gate are its relatives.
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from gnomon.activation import kernel_name
 from gnomon.host import HostSpec, Site, Tap, UnitKind
 from gnomon.kernels.gather_common import activate
-from gnomon.kernels.sketch_scores import TINY, sketch_scores
+from gnomon.kernels.sketch_scores import half_log, sketch_scores
 from gnomon.predictors.base import Predictor, decidable_from
 from gnomon.predictors.fewbit import FewBitStack
 from gnomon.predictors.linear import LinearStack, StackByKind, rms_normalise
-from gnomon.predictors.rounding import round_rows
+from gnomon.predictors.rounding import levels_of, output_error, round_rows
+
+PASSED_ON = 0.1  # share of the error before an activation that is left after it (on SmolLM2)
 
 
 class Sketch(Predictor):
@@ -53,6 +57,7 @@ class Sketch(Predictor):
     """
 
     name = "sketch"
+    floors: Tensor
 
     def __init__(
         self,
@@ -85,6 +90,7 @@ class Sketch(Predictor):
         self.gate = FewBitStack(L, F, width, bits, bias=bias) if gated else None
         self.up = FewBitStack(L, F, width, self.up_bits, bias=bias)
         self.neurons_bias = nn.Parameter(torch.zeros(L, F))
+        self.register_buffer("floors", torch.zeros(2 if gated else 1, L, F))
         for part in self.copies:
             part.requires_grad_(tune)
         self.neurons_bias.requires_grad_(tune)
@@ -145,10 +151,13 @@ class Sketch(Predictor):
             for copy in self.copies:
                 copy.add_bias(self.tune)
         roles = ("gate", "up") if self.gated else ("up",)
-        for role, copy in zip(roles, self.copies, strict=True):
-            rounded, scale = round_rows(weights[role].to(moments.device), moments, copy.bits)
-            copy.adopt(layer, rounded, scale, biases.get(role))
-        self.neurons_bias[layer].copy_(norms.float().clamp_min(TINY).log())
+        for i, (role, copy) in enumerate(zip(roles, self.copies, strict=True)):
+            weight = weights[role].to(moments.device).float()
+            latent, scale = round_rows(weight, moments, copy.bits)
+            copy.adopt(layer, latent, scale, biases.get(role))
+            error = output_error(weight, levels_of(latent, scale, copy.bits), moments)
+            self.floors[i, layer].copy_(error * (PASSED_ON if i == 0 else 1.0))
+        self.neurons_bias[layer].copy_(norms.float().clamp_min(1e-9).log())
 
     def decided_from(self, kind: UnitKind, layer: int) -> Tap | None:
         """Neurons from their own FFN's input, heads from their layer's."""
@@ -165,7 +174,7 @@ class Sketch(Predictor):
             return self.outputs[kind].one(layer, self.inner[kind].one(layer, code).relu())
         if not self.quantized:
             parts = [copy.one(layer, code) for copy in self.copies]
-            return self._combined(parts, self.neurons_bias[layer])
+            return self._combined(parts, self.floors[:, layer], self.neurons_bias[layer])
         first, second = self.copies[0], self.copies[1] if self.gated else None
         found: Tensor = sketch_scores(
             code.reshape(-1, self.width),
@@ -174,9 +183,11 @@ class Sketch(Predictor):
             first.bits,
             self.activation,
             self.neurons_bias[layer],
+            self.floors[0, layer],
             None if second is None else second.codes[layer],
             None if second is None else second.scale[layer],
             0 if second is None else second.bits,
+            None if second is None else self.floors[1, layer],
             None if first.bias is None else first.bias[layer],
             None if second is None or second.bias is None else second.bias[layer],
         )
@@ -191,14 +202,16 @@ class Sketch(Predictor):
         parts = [copy.grouped(x) for copy in self.copies]
         return {
             "heads": self.outputs["heads"].grouped(inner).transpose(0, 1),
-            "neurons": self._combined(parts, self.neurons_bias[:, None]).transpose(0, 1),
+            "neurons": self._combined(
+                parts, self.floors[:, :, None], self.neurons_bias[:, None]
+            ).transpose(0, 1),
         }
 
     def bytes_for(self, kinds: Any) -> int:
         """Bytes read when only these kinds are scored."""
         heads = sum(part["heads"].nbytes for part in (self.inner, self.outputs))
         own = sum(copy.nbytes for copy in self.copies)
-        neurons = own + self.neurons_bias.numel() * self.neurons_bias.element_size()
+        neurons = own + 4 * (self.neurons_bias.numel() + self.floors.numel())
         return heads * ("heads" in kinds) + neurons * ("neurons" in kinds)
 
     @property
@@ -218,10 +231,9 @@ class Sketch(Predictor):
         self.neurons_bias.requires_grad_(False)
         return super().quantize()
 
-    def _combined(self, parts: list[Tensor], bias: Tensor) -> Tensor:
-        h = activate(parts[0], self.activation)
-        h = h if len(parts) == 1 else h * parts[1]
-        return (h.abs() + TINY).log() + bias
+    def _combined(self, parts: list[Tensor], floors: Tensor, bias: Tensor) -> Tensor:
+        score = half_log(activate(parts[0], self.activation), floors[0]) + bias
+        return score if len(parts) == 1 else score + half_log(parts[1], floors[1])
 
     def _taps_at(self, site: str) -> list[int]:
         return [i for i, tap in enumerate(self.taps) if tap.site == site]

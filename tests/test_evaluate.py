@@ -234,7 +234,10 @@ def test_protocol_all_scores_every_target(tmp_path):
         ({"measure__quality__generation__prompt": 49}, r"generation.prompt=49 must be between"),
         ({"measure__quality__generation__tokens": 2000}, r"exceed the host's context of 1024"),
         ({"policy__name": "shadow", "policy__predictor": "auto"}, r"Train one: python train.py"),
-        ({"policy__name": "shadow", "policy__predictor": "pretrained"}, r"no predictors ship"),
+        (
+            {"policy__name": "shadow", "policy__predictor": "pretrained"},
+            r"no shadow ships for host",
+        ),
         ({"policy__name": "shadow", "policy__predictor": "no/such/dir"}, r"neither a folder nor"),
         ({"policy__params": {"rank": 3}}, r"policy=oracle has no rank"),
         ({"backend": "fast"}, r"backend='fast' is not available"),

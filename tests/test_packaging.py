@@ -121,7 +121,7 @@ def test_wheel_has_one_namespace(wheel: set[str]) -> None:
 
 
 def test_wheel_has_every_module_config_and_data_file(wheel: set[str]) -> None:
-    suffixes = {".py", ".yaml", ".json", ".typed"}
+    suffixes = {".py", ".yaml", ".json", ".typed", ".safetensors"}
     wanted = {
         str(path.relative_to(ROOT))
         for path in _walk(ROOT / "gnomon")

@@ -140,7 +140,7 @@ def test_bytes_are_packed_codes_scales_and_offsets() -> None:
     model, _ = tiny_host("llama")
     spec = describe(model)
     made = predictor(model, "sketch", bits=3, up_bits=1).quantize()
-    row = spec.D * 3 // 8 + spec.D // 8 + 3 * 4  # gate and up, two scales, one offset
+    row = spec.D * 3 // 8 + spec.D // 8 + 5 * 4  # gate and up, two scales and floors, one offset
     assert made.bytes_for(("neurons",)) == spec.L * spec.F * row
     heads = spec.L * (8 * (spec.D + 4) + spec.H * (8 + 4 + 4))
     assert made.bytes_for(("heads",)) == heads and made.nbytes == heads + spec.L * spec.F * row

@@ -19,7 +19,7 @@ from gnomon.host import KINDS, HostSpec
 from gnomon.policies import POLICIES, Policy
 from gnomon.predictors.base import Predictor, PredictorInfo
 from gnomon.predictors.calibration import Calibration
-from gnomon.predictors.folder import find_predictor, load_predictor
+from gnomon.predictors.folder import find_predictor, find_pretrained, load_predictor
 
 if TYPE_CHECKING:
     from gnomon.data.text import Blocks
@@ -66,7 +66,8 @@ def find(policy: str, reference: str | None, root: str | Path, spec: HostSpec) -
     Args:
         policy: config name.
         reference: ``auto`` (the newest of the policy's class for this host; for a policy of means
-            the newest whose means were harvested), a folder, a hub id, or None.
+            the newest whose means were harvested), ``pretrained`` (the one that ships with the
+            project), a folder, a hub id, or None.
         root: folder of trained predictors.
         spec: the host's.
 
@@ -76,13 +77,12 @@ def find(policy: str, reference: str | None, root: str | Path, spec: HostSpec) -
     require_policy(policy)
     if reference is None:
         return Found()
-    if reference == "pretrained":
-        raise ValueError(
-            "policy.predictor='pretrained': no predictors ship with this release; use auto, a "
-            "folder or a hub id"
-        )
     accepts = getattr(POLICIES[policy], "accepts", None)
-    where = find_predictor(Path(root), spec, accepts) if reference == "auto" else reference
+    where: str | Path = reference
+    if reference == "pretrained":
+        where = find_pretrained(spec, accepts)
+    elif reference == "auto":
+        where = find_predictor(Path(root), spec, accepts)
     predictor = load_predictor(str(where))
     predictor.check_host(spec)
     return Found(predictor, str(where))
