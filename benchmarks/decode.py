@@ -1,11 +1,13 @@
 """Decode steps of whole models: policies, densities, batches and contexts on one GPU.
 
     python benchmarks/decode.py shapes=[llama-2-7b] policies=[shadow,prompt] density=[0.5,0.25]
+    python benchmarks/decode.py shapes=[llama-3-8b] policies=[teal,chess,cats] density=[0.7,0.5]
     python benchmarks/decode.py shapes=[opt-30b] policies=[shadow] heads=0.5 neurons=0.075
     python benchmarks/decode.py batch=[8,24] context=[3968] heads=0.5 neurons=1 cache=random
 
 Hosts have published shapes and random weights, so a row says nothing about quality. Predictors are
-random too, but run for real, on the hidden states of the step. Every shape is built once; the dense
+random too, but run for real, on the hidden states of the step; thresholds are placed on what the
+host shows of random tokens. Every shape is built once; the dense
 twin and all policies share its weights and take turns step by step. Rows are written as they come.
 """
 
@@ -32,9 +34,10 @@ if __name__ == "__main__":  # kernels.py here must not answer to Hugging Face's 
     others = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     sys.path[:] = [str(here / "support"), *others]
 
-from decode_parts import POLICIES, Bench, RandomCache
+from decode_parts import POLICIES, THRESHOLDS, Bench, RandomCache
 from step_account import account, part_bytes, parts_of, record
 
+from gnomon.accounting import Density
 from gnomon.budget import Budget
 from gnomon.engine.decide import Fused
 from gnomon.engine.engine import Engine
@@ -46,6 +49,7 @@ from gnomon.evaluation.hf_decode import hf_decode
 from gnomon.evaluation.results import commit
 from gnomon.evaluation.stopwatch import interleave
 from gnomon.policies import Policy
+from gnomon.policies.threshold import Threshold
 
 log = logging.getLogger("benchmarks.decode")
 
@@ -70,6 +74,11 @@ def run(cfg: Any, write: Callable[[dict[str, Any]], None]) -> list[str]:
     limit = Limit(cfg.limit_s)
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if cfg.profile and THRESHOLDS & set(cfg.policies):
+        raise ValueError(
+            f"profile=true does not tell the launches of {', '.join(sorted(THRESHOLDS))} apart: "
+            "leave these policies out"
+        )
     if cfg.profile and not cuda:
         raise ValueError("profile=true reads the launches of a CUDA graph: use device=cuda")
     unknown = [name for name in cfg.policies if name not in POLICIES]
@@ -145,6 +154,7 @@ def _row(
             extra["account"] = _accounts(policy, dense.engine, engine, kept, cell)
 
     row, kept = decode_row(bench.model, policy, dense, ids, cell, look)
+    threshold = isinstance(policy, Threshold)
     if "ms_decision" in extra:
         extra["decision_share"] = extra["ms_decision"] / row["ms_sparse"]
     if bench.cfg.cache == "random":
@@ -153,15 +163,20 @@ def _row(
         "refresh": policy.refresh,
         "policy_batch": policy.batch,
         "kv": policy.kv,
-        "density": {"heads": kept.each.heads, "neurons": kept.each.neurons},
+        "density": _densities(kept.each),
         "groups": kept.each.groups,
-        "union": {"heads": kept.union.heads, "neurons": kept.union.neurons},
-        "rank": None if policy.predictor is None else bench.cfg.rank,
+        "union": _densities(kept.union),
+        "rank": None if policy.predictor is None or threshold else bench.cfg.rank,
         "host": {"dtype": "int8" if bench.cfg.int8 else bench.cfg.dtype, "weights": "random"},
         "cache": bench.cfg.cache,
         **row,
         **extra,
     }
+
+
+def _densities(kept: Density) -> dict[str, Any]:
+    units = {"heads": kept.heads, "neurons": kept.neurons}
+    return units | ({"channels": dict(kept.channels)} if kept.channels else {})
 
 
 def _decision(engine: Engine) -> dict[str, float]:

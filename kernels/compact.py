@@ -1,10 +1,11 @@
 """Compaction: masks and thresholds to ascending lists of indices, and lists to places.
 
     list[r] = { j : mask[r, j] }   or   { j : score[r, j] >= threshold }
+                                   or   { j : |x[r, j]| > threshold }
     slot[r, list[r, s]] = s for s < count[r], −1 elsewhere
 
-mask (R, N) bool, scores (R, N); list (R, capacity) int32 ascending, count (R,) int32, slot (R, N)
-int32. A list that would overflow its capacity keeps its lowest indices. NaN is never kept.
+mask (R, N) bool, scores and x (R, N); list (R, capacity) int32 ascending, count (R,) int32, slot
+(R, N) int32. A list that would overflow its capacity keeps its lowest indices. NaN is never kept.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def select_above_reference(
     return compact_mask_reference(scores >= _column(scores, threshold), capacity)
 
 
+def select_passing_reference(x: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The specification of the list of what passes, as in ``threshold_gemv``: |x| > threshold.
+
+    Args, result and errors as :func:`select_above_reference`.
+    """
+    return compact_mask_reference(x.float().abs() > _column(x, threshold), capacity)
+
+
 def slots_reference(index: Tensor, count: Tensor, n: int) -> Tensor:
     """The specification of the inverse of a list.
 
@@ -107,6 +116,7 @@ if triton is not None:
         row_stride,
         unit_stride,
         HAS_THRESHOLD: tl.constexpr,
+        PASSING: tl.constexpr,
         BLOCK: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -123,7 +133,9 @@ if triton is not None:
             value = tl.load(value_ptr + j, mask=j < N, other=0)
             if HAS_THRESHOLD:
                 cut_ptr = threshold_ptr + row * row_stride + j * unit_stride
-                keep = value.to(tl.float32) >= tl.load(cut_ptr, mask=j < N, other=0.0)
+                cut = tl.load(cut_ptr, mask=j < N, other=0.0)
+                value = value.to(tl.float32)
+                keep = tl.abs(value) > cut if PASSING else value >= cut
             else:
                 keep = value != 0
             kept = ((j < N) & keep).to(tl.int32)
@@ -160,7 +172,9 @@ if triton is not None:
             tl.store(slot_ptr + row * N + unit, s, mask=inside)
 
 
-def _compact(value: Tensor, threshold: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:
+def _compact(
+    value: Tensor, threshold: Tensor | None, capacity: int, passing: bool = False
+) -> tuple[Tensor, Tensor]:
     rows, n = value.shape
     index = torch.empty((rows, capacity), dtype=torch.int32, device=value.device)
     count = torch.empty(rows, dtype=torch.int32, device=value.device)
@@ -177,6 +191,7 @@ def _compact(value: Tensor, threshold: Tensor | None, capacity: int) -> tuple[Te
         0 if threshold is None or threshold.shape[0] == 1 else 1,
         0 if threshold is None or threshold.shape[1] == 1 else 1,
         HAS_THRESHOLD=threshold is not None,
+        PASSING=passing,
         BLOCK=block,
         num_warps=max(1, min(32, block // 256)),
         **pdl(value.device),
@@ -193,6 +208,11 @@ def select_above_triton(scores: Tensor, threshold: Tensor, capacity: int) -> tup
     """Launches the kernel; same arguments, result and errors as the reference."""
     cut = _column(scores, threshold).float().contiguous()
     return _compact(scores, cut, capacity)
+
+
+def select_passing_triton(x: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Launches the kernel; same arguments, result and errors as the reference."""
+    return _compact(x, _column(x, threshold).float().contiguous(), capacity, passing=True)
 
 
 def slots_triton(index: Tensor, count: Tensor, n: int) -> Tensor:
@@ -220,10 +240,14 @@ compact_mask = torch.library.custom_op(
 select_above = torch.library.custom_op(
     "gnomon::select_above", select_above_reference, mutates_args=()
 )
+select_passing = torch.library.custom_op(
+    "gnomon::select_passing", select_passing_reference, mutates_args=()
+)
 slots = torch.library.custom_op("gnomon::slots", slots_reference, mutates_args=())
 if triton is not None:
     compact_mask.register_kernel("cuda", compact_mask_triton)
     select_above.register_kernel("cuda", select_above_triton)
+    select_passing.register_kernel("cuda", select_passing_triton)
     slots.register_kernel("cuda", slots_triton)
 
 
@@ -241,6 +265,11 @@ def _(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 @select_above.register_fake
 def _(scores: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return _lists(scores, capacity)
+
+
+@select_passing.register_fake
+def _(x: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return _lists(x, capacity)
 
 
 @slots.register_fake

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gnomon.kernels.column_gather import column_gather_reference
 from gnomon.kernels.cpu_library import library
-from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, check_choice, check_list
-from gnomon.kernels.gathered_ffn import ffn_up_reference
+from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, check_choice, check_list, of_units
+from gnomon.kernels.gathered_ffn import check_given, ffn_up_reference
 from gnomon.kernels.row_gather import row_gather_reference
 
 MOST_ROWS = 8  # sequences; beyond that a matrix product reuses weights better
@@ -71,6 +71,7 @@ def ffn_up(
     eps: float = 1e-6,
     early: bool = False,
     wanted: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """As :func:`gnomon.kernels.gathered_ffn.ffn_up_reference`."""
     norms = (norm_weight, norm_bias, norm, eps)
@@ -78,12 +79,14 @@ def ffn_up(
     if lib is None:
         affine = (up_bias, gate_bias, up_scale, gate_scale)
         return ffn_up_reference(
-            x, up, gate, index, count, activation, *affine, *norms, early, wanted
+            x, up, gate, index, count, activation, *affine, *norms, early, wanted, given
         )
-    check_choice("activation", activation, ACTIVATIONS)
+    check_given(x, up, gate, activation, given)
     gated = None if gate is None else (gate, gate_scale, gate_bias)
     lists, whole = _lists(index, 1, count, up, wanted, x)
-    return rows(lib, x, (up, up_scale, up_bias), gated, lists, norms, activation, whole)
+    act = activation if given is None else "none"
+    h = rows(lib, x, (up, up_scale, up_bias), gated, lists, norms, act, whole)
+    return h if given is None else h * of_units(given, index, count)
 
 
 def column_gather(

@@ -71,6 +71,13 @@ def rows_of(index: Tensor, block: int, count: Tensor | None) -> Tensor:
     return (rows[..., None] * block + within).flatten(-2)
 
 
+def of_units(values: Tensor, index: Tensor | None, count: Tensor | None) -> Tensor:
+    """Values (B, N) of all units -> (B, S), those that a list names, in its order."""
+    if index is None:
+        return values
+    return values.gather(1, rows_of(index, 1, count).expand(values.shape[0], -1))
+
+
 def rows_wanted(wanted: Tensor, rows: int, block: int) -> Tensor:
     """Rows of the weights that are read, (rows,) bool, where ``wanted`` names the last units."""
     before = wanted.new_ones(rows // block - wanted.numel())

@@ -1,11 +1,13 @@
 """Gathered feed-forward network: chosen neurons of a gated or plain FFN, granularity one neuron.
 
     h[b, s] = act(n(x)[b] · gate[j] + gate_bias[j]) · (n(x)[b] · up[j] + up_bias[j])     (gated)
+    h[b, s] = given[b, j] · (n(x)[b] · up[j] + up_bias[j])                               (given)
     h[b, s] = act(n(x)[b] · up[j] + up_bias[j])                                          (plain)
     y[b]    = residual[b] + bias + Σ_s h[b, s] · down_t[j],                   j = index[s]
 
 x (B, W); up, gate (F, W) and down_t (F, D), fp32, fp16, bf16, or int8 with one fp32 scale per row;
-h (B, S) fp32, compact in the order of the list; y (B, D).
+given (B, F) is act(gate), where a choice of neurons was made from it; h (B, S) fp32, compact in the
+order of the list; y (B, D).
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ import torch
 from torch import Tensor
 
 from gnomon.kernels.column_gather import column_gather
-from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, activate, check_choice, check_list
+from gnomon.kernels.gather_common import (
+    ACTIVATIONS,
+    NORMS,
+    activate,
+    check_choice,
+    check_list,
+    of_units,
+)
 from gnomon.kernels.row_gather import row_gather_reference
 from gnomon.kernels.row_gemv import launch_rows
 
@@ -38,6 +47,7 @@ def ffn_up_reference(
     eps: float = 1e-6,
     early: bool = False,
     wanted: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The specification of the first half, accumulated in fp32.
 
@@ -51,14 +61,16 @@ def ffn_up_reference(
         up_scale, gate_scale: (F,) fp32 of int8 weights.
         norm_weight, norm_bias, norm, eps: the norm before the FFN, fused.
         early, wanted: as in :func:`gnomon.kernels.row_gather.row_gather_reference`.
+        given: (B, F) factor of every neuron, instead of a gate and an activation.
 
     Returns:
         h (B, S) fp32; past the count it is undefined.
 
     Raises:
-        ValueError: unknown activation or norm, or a list that does not fit the batch.
+        ValueError: unknown activation or norm, a list that does not fit the batch, or both a gate
+            and what is given for it.
     """
-    check_choice("activation", activation, ACTIVATIONS)
+    check_given(x, up, gate, activation, given)
 
     def rows(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         fused: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -78,9 +90,25 @@ def ffn_up_reference(
         )
 
     h = rows(up, up_scale, up_bias)
+    if given is not None:
+        return h * of_units(given, index, count)
     if gate is None:
         return activate(h, activation)
     return activate(rows(gate, gate_scale, gate_bias), activation) * h
+
+
+def check_given(
+    x: Tensor, up: Tensor, gate: Tensor | None, activation: str, given: Tensor | None
+) -> None:
+    """Raises ValueError for an unknown activation, or factors that do not fit the FFN."""
+    check_choice("activation", activation, ACTIVATIONS)
+    if given is not None and gate is not None:
+        raise ValueError("gate and given are both set: given is act(gate), computed before")
+    if given is not None and given.shape != (x.shape[0], up.shape[0]):
+        raise ValueError(
+            f"given has shape {tuple(given.shape)}; use {(x.shape[0], up.shape[0])}, a factor for "
+            "every neuron of every sequence"
+        )
 
 
 def ffn_up_triton(
@@ -100,9 +128,10 @@ def ffn_up_triton(
     eps: float = 1e-6,
     early: bool = False,
     wanted: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
-    check_choice("activation", activation, ACTIVATIONS)
+    check_given(x, up, gate, activation, given)
     check_choice("norm", norm, NORMS)
     check_list(index, count, x.shape[0], up.shape[0], wanted)
     return launch_rows(
@@ -118,10 +147,11 @@ def ffn_up_triton(
         norm_bias,
         norm,
         eps,
-        activation,
+        activation if given is None else "none",
         torch.float32,
         early,
         wanted,
+        given,
     )
 
 
@@ -147,6 +177,7 @@ def _(
     eps: float = 1e-6,
     early: bool = False,
     wanted: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     slots = up.shape[0] if index is None else index.shape[-1]
     return x.new_empty((x.shape[0], slots), dtype=torch.float32)

@@ -2,7 +2,7 @@
 
     y[b, s·block + r] = scale[j] · Σ_k n(x)[b, k] · weight[j, k] + bias[j],   j = index[s]·block + r
 
-or act(gate) · up of two such products. Specifications: ``row_gather_reference`` and
+or act(gate) · up of two such products, or given · up. Specifications: ``row_gather_reference`` and
 ``ffn_up_reference``; larger batches are in ``row_batch.py``.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gnomon.kernels.gather_common import of_units
 from gnomon.kernels.launch import pdl, power_of_two, processors
 from gnomon.kernels.row_batch import rows_batch
 
@@ -39,9 +40,11 @@ if triton is not None:
         norm_weight_ptr,
         norm_bias_ptr,
         wanted_ptr,
+        given_ptr,
         y_ptr,
         B,
         S,
+        N,
         before,
         eps,
         W: tl.constexpr,
@@ -56,6 +59,7 @@ if triton is not None:
         HAS_NORM_BIAS: tl.constexpr,
         NORM: tl.constexpr,
         GATED: tl.constexpr,
+        GIVEN: tl.constexpr,
         ACTIVATION: tl.constexpr,
         BATCH: tl.constexpr,
         ROWS: tl.constexpr,
@@ -123,6 +127,9 @@ if triton is not None:
                 g = tl.load(gate_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
             row_next = _rows(r + step, end, index_ptr, own, UNIT, HAS_INDEX)
             read_next = _reads(r + step < end, r + step, wanted_ptr, before, UNIT, HAS_WANTED)
+            if GIVEN:
+                at = b[:, None] * N + now[None, :]
+                factor = tl.load(given_ptr + at, mask=inside[:, None] & used[None, :], other=0.0)
             y = tl.sum(w_now.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
             if HAS_SCALE:
                 y *= tl.load(up_scale_ptr + now, mask=used, other=0.0)[None, :]
@@ -135,6 +142,8 @@ if triton is not None:
                 if HAS_GATE_BIAS:
                     z += tl.load(gate_bias_ptr + now, mask=used, other=0.0).to(tl.float32)[None, :]
                 y *= _activate(z, ACTIVATION)
+            elif GIVEN:
+                y *= factor
             else:
                 y = _activate(y, ACTIVATION)
             tl.store(
@@ -161,16 +170,21 @@ def launch_rows(
     out_dtype: torch.dtype,
     early: bool,
     wanted: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
-    """Rows of one matrix, or of gate and up at once: y (B, S·unit). GEMV up to a batch of four."""
+    """Rows of one matrix, or of gate and up at once: y (B, S·unit). GEMV up to a batch of four.
+
+    ``given`` (B, N) multiplies single rows.
+    """
     x = x.contiguous()
     batch, width = x.shape
     own = index is not None and index.dim() == 2 and index.shape[0] > 1
     if batch > 4 and not own:
         fused = (norm_weight, norm_bias, norm, eps)
-        return rows_batch(
+        y = rows_batch(
             x, up, gate, index, unit, count, scales, biases, *fused, activation, out_dtype, wanted
         )
+        return y if given is None else y * of_units(given, index, count)
     slots = up.shape[0] // unit if index is None else index.shape[-1]
     y = torch.empty((batch, slots * unit), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
@@ -188,9 +202,11 @@ def launch_rows(
         norm_weight,
         norm_bias,
         wanted,
+        None if given is None else given.float().contiguous(),
         y,
         batch,
         slots,
+        up.shape[0],
         0 if wanted is None else slots - wanted.numel(),
         eps,
         W=width,
@@ -205,6 +221,7 @@ def launch_rows(
         HAS_NORM_BIAS=norm_bias is not None,
         NORM=norm,
         GATED=gate is not None,
+        GIVEN=given is not None,
         ACTIVATION=activation,
         BATCH=together,
         ROWS=rows,

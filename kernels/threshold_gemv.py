@@ -1,6 +1,7 @@
 """Threshold GEMV: a linear over the input channels whose magnitude passes a threshold.
 
-    y[b] = bias + Σ_{k : |x[b, k]| > t[k]}  x[b, k] · scale[k] · weight_t[k]
+    z[b] = bias + Σ_{k : |x[b, k]| > t[k]}  x[b, k] · scale[k] · weight_t[k]
+    y[b] = residual[b] + given[b] · act(z[b])
 
 x (B, W); weight_t (W, N), row k being what input channel k adds (the transpose of a linear's
 weight), fp32, fp16, bf16, or int8 with scale (W,); t (W,) fp32 (CHESS) or (1,) (TEAL); y (B, N).
@@ -18,12 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
 from gnomon.kernels.launch import TICKETS, pdl, power_of_two, processors, tickets
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from gnomon.kernels.gather_common import _activate
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -35,6 +39,9 @@ def threshold_gemv_reference(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    given: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The specification, accumulated in fp32; on CPU only the passing channels are read.
 
@@ -45,21 +52,32 @@ def threshold_gemv_reference(
         bias: (N,) or None.
         scale: (W,) fp32 of int8 weights.
         out_dtype: of y; None takes x's.
+        activation: ``none``, ``relu``, ``silu``, ``gelu_tanh`` or ``gelu``.
+        given: (B, N) factors, an FFN's act(gate) for one, or None.
+        residual: (B, N) or None.
 
     Returns:
         (B, N).
 
     Raises:
-        ValueError: a threshold, bias or scale that does not fit the weights.
+        ValueError: an unknown activation, or a tensor that does not fit the weights.
     """
-    _check(x, weight_t, threshold, bias, scale)
+    check_tensors(x, weight_t, threshold, bias, scale, activation, given, residual)
     x32 = x.float()
     keep = x32.abs() > threshold
     x32 = x32 if scale is None else x32 * scale
     y = x32.new_empty((x.shape[0], weight_t.shape[1]))
     for b in range(x.shape[0]):
         y[b] = _channels(x32[b], weight_t, keep[b])
-    return (y if bias is None else y + bias.float()).to(out_dtype or x.dtype)
+    y = y if bias is None else y + bias.float()
+    return epilogue(y, activation, given, residual).to(out_dtype or x.dtype)
+
+
+def epilogue(y: Tensor, activation: str, given: Tensor | None, residual: Tensor | None) -> Tensor:
+    """What becomes of the sum with its bias, (B, N) fp32."""
+    y = y if activation == "none" else activate(y, activation)
+    y = y if given is None else y * given.float()
+    return y if residual is None else y + residual.float()
 
 
 def _channels(x: Tensor, weight_t: Tensor, keep: Tensor) -> Tensor:
@@ -70,15 +88,26 @@ def _channels(x: Tensor, weight_t: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, x, 0) @ held.float()
 
 
-def _check(
-    x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, scale: Tensor | None
+def check_tensors(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    given: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
+    """Raises ValueError for an unknown activation, or a tensor that does not fit the weights."""
+    check_choice("activation", activation, ("none", *ACTIVATIONS))
     width, n = weight_t.shape
     for field, tensor, allowed in (
         ("x", x, ((x.shape[0], width),)),
         ("threshold", threshold, ((width,), (1,))),
         ("bias", bias, ((n,),)),
         ("scale", scale, ((width,),)),
+        ("given", given, ((x.shape[0], n),)),
+        ("residual", residual, ((x.shape[0], n),)),
     ):
         if tensor is not None and tuple(tensor.shape) not in allowed:
             raise ValueError(
@@ -110,6 +139,8 @@ if triton is not None:
         threshold_ptr,
         bias_ptr,
         scale_ptr,
+        given_ptr,
+        residual_ptr,
         y_ptr,
         list_ptr,
         partial_ptr,
@@ -119,6 +150,9 @@ if triton is not None:
         PER_CHANNEL: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_SCALE: tl.constexpr,
+        HAS_GIVEN: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        ACTIVATION: tl.constexpr,
         SPLITS: tl.constexpr,
         PART: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -171,6 +205,11 @@ if triton is not None:
                     y += tl.load(partial_ptr + place, mask=n < N, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
                 y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            y = _activate(y, ACTIVATION)
+            if HAS_GIVEN:
+                y *= tl.load(given_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                y += tl.load(residual_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)
             tl.store(y_ptr + b * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -181,9 +220,12 @@ def threshold_gemv_triton(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    given: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel; same arguments, result and errors as the reference."""
-    _check(x, weight_t, threshold, bias, scale)
+    check_tensors(x, weight_t, threshold, bias, scale, activation, given, residual)
     (batch, width), n = x.shape, weight_t.shape[1]
     y = torch.empty((batch, n), dtype=out_dtype or x.dtype, device=x.device)
     if y.numel() == 0:
@@ -200,6 +242,8 @@ def threshold_gemv_triton(
         threshold.float().contiguous(),
         bias,
         scale,
+        None if given is None else given.contiguous(),
+        None if residual is None else residual.contiguous(),
         y,
         lists,
         partial,
@@ -209,6 +253,9 @@ def threshold_gemv_triton(
         PER_CHANNEL=threshold.shape[0] > 1 or width == 1,
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
+        HAS_GIVEN=given is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation,
         SPLITS=splits,
         PART=part,
         BLOCK=power_of_two(part),
@@ -243,5 +290,8 @@ def _(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    given: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight_t.shape[1]), dtype=out_dtype or x.dtype)

@@ -123,6 +123,6 @@ def families_of(name: str) -> list[str]:
 STATIC_POLICIES = ["static", "griffin-magnitude", "skip-attention", "skip-ffn"]
 TOKEN_POLICIES = [n for n in POLICIES if "prompt" not in n and n not in STATIC_POLICIES]
 PROMPT_POLICIES = [n for n in POLICIES if "prompt" in n]
-GENERIC_ONLY = ("oracle", "ffsplit-of-shadow", *THRESHOLDS)
+GENERIC_ONLY = ("oracle", "ffsplit-of-shadow")
 ENGINE_POLICIES = [n for n in POLICIES if n not in GENERIC_ONLY]
 BACKENDS = ["mask", "torch", "triton"]

@@ -73,6 +73,35 @@ def test_decode_rows_share_one_host_and_hold_what_the_contract_names():
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decode_of_thresholds_placed_on_the_random_host(rows):
+    names = ["teal", "chess", "chess_ffn", "cats"]
+    found, left_out = decode(f"policies=[{','.join(names)}]", f"batch=[{rows}]", "density=[0.4]")
+    assert [row["policy"] for row in found] == names
+    assert left_out == []
+    for row in found:
+        assert row["engine"] == "lean"
+        assert row["agreement"]["sets"] == 1
+        assert row["agreement"]["logits_rms"] < 1e-5
+        assert row["density"]["neurons"] == pytest.approx(0.4, abs=0.06)
+        assert row["union"]["neurons"] >= row["density"]["neurons"]
+        assert row["speedup_ideal"] > 1
+        assert row["rank"] is None
+    assert set(found[0]["density"]["channels"]) == {"q", "k", "v", "out", "gate", "up", "down"}
+    assert set(found[1]["density"]["channels"]) == {"q", "out"}
+    assert "channels" not in found[3]["density"]
+    assert found[0]["speedup_ideal"] > found[3]["speedup_ideal"]
+    json.dumps(found)
+
+
+def test_one_calibration_serves_every_row():
+    bench = module("decode").Bench.build(config("decode", *TIMES), "tiny", torch.device("cpu"))
+    made = bench.calibration()
+    assert bench.calibration() is made
+    assert bool((made.values > 1000).all())
+    assert bool((made.cut("gate", 0.3) > made.cut("gate", 0.6)).all())
+
+
 def test_decode_of_a_batch_on_random_caches():
     rows, _ = decode("batch=[3]", "cache=random", "heads=0.5", "neurons=1", "head_unit=group")
     shadow, prompt = rows
@@ -102,12 +131,13 @@ def test_the_limit_leaves_out_and_says_so():
         ("shapes=[gpt]", r"shape='gpt' is unknown; use one of llama-2-7b"),
         ("cache=none", r"cache='none' is unknown"),
         ("profile=true", r"profile=true .* use device=cuda"),
+        ("profile=true policies=[teal]", r"profile=true does not tell the launches of cats, ch"),
         ("steps=10", r"speed.steps=10: use 50 or more"),
     ],
 )
 def test_bad_settings_of_decode(override, message):
     with pytest.raises(ValueError, match=message):
-        decode(override)
+        decode(*override.split())
 
 
 def test_every_shape_has_the_parameters_of_its_name():

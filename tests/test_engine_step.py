@@ -58,7 +58,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # hosts that no adapter was written for
 }
 
 
-class Fixed:
+class Fixed(KeepAll):
     """Active sets that are given."""
 
     def __init__(self, sets: dict[tuple[UnitKind, int], Active], taps: Sequence[Tap] = ()) -> None:

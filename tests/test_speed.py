@@ -11,7 +11,7 @@ import torch
 from test_evaluate import settings, train_shadow
 from torch import Tensor
 
-from cases import POLICIES, predictor
+from cases import POLICIES, THRESHOLDS, predictor
 from gnomon import policies
 from gnomon.accounting import HostBytes, account, expected_density
 from gnomon.budget import Budget
@@ -104,6 +104,22 @@ def test_density_ideal_and_agreement_belong_to_the_policy(tiny_llama, name):
     assert row["agreement"]["sets"] == 1
     assert row["peak_bytes"] > 0
     assert row["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_thresholds_are_timed_in_the_engine(name, batch, tiny_llama):
+    model, _ = tiny_llama
+    policy = POLICIES[name](model, Budget(density=0.5))
+    row, kept = cell_of(model, policy, batch)
+    assert row["engine"] == "lean"
+    assert row["agreement"]["sets"] == 1
+    assert row["agreement"]["logits_rms"] < 1e-5
+    read = policy.fractions(kept.union)
+    some = step_traffic(policy.bytes, kept, context=64, batch=batch, read=read)
+    assert row["bytes_sparse"] == pytest.approx(some.total + policy.predictor_bytes)
+    assert row["bytes_sparse"] < row["bytes_dense"]
+    assert (read["gate"] < 1) == (name == "teal")
 
 
 def test_dense_int8_is_timed_on_int8_weights(tiny_llama):

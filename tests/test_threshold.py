@@ -20,8 +20,6 @@ from cases import calibration, predictor
 from gnomon.accounting import LINEARS, Density, account
 from gnomon.budget import Budget
 from gnomon.calibration import Histogram
-from gnomon.engine.engine import Engine
-from gnomon.engine.support import UnsupportedPolicyError
 from gnomon.evaluation.decoding import Cell
 from gnomon.evaluation.generic import generic_row
 from gnomon.evaluation.traffic import Kept, step_traffic
@@ -337,21 +335,9 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(UnsupportedPolicyError, match="cats decides inside a sublayer"):
-        Engine(model, Cats(made, NEURONS), context=32)
     for policy, chosen in ((Teal(made, HALF), "torch"), (Teal(made, Budget(density=1.0)), "mask")):
         policy.bind(model)
         assert choose_backend("auto", model, policy) == chosen
-
-
-def test_generate_takes_the_generic_path() -> None:
-    model, tokenizer = tiny_host("llama")
-    policy = Cats(calibration(model), NEURONS)
-    text = gnomon.generate(model, tokenizer, "the sun", policy=policy, max_new_tokens=5)
-    masked = gnomon.generate(
-        model, tokenizer, "the sun", policy=policy, max_new_tokens=5, backend="mask"
-    )
-    assert text == masked != ""
 
 
 def test_a_folder_gives_the_same_thresholds_and_refuses_other_hosts(tmp_path: Path) -> None:

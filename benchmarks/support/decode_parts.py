@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,30 @@ from torch import Tensor
 
 import gnomon
 from gnomon.budget import Budget
+from gnomon.calibration import measure
 from gnomon.engine.cache import Cache
 from gnomon.engine.engine import Engine
 from gnomon.evaluation.decoding import Cell
 from gnomon.host import KINDS, HostSpec
-from gnomon.policies import DejaVu, DenseInt8, Policy, Random, Shadow, Sketch, Static
+from gnomon.policies import (
+    Cats,
+    Chess,
+    DejaVu,
+    DenseInt8,
+    Policy,
+    Random,
+    Shadow,
+    Sketch,
+    Static,
+    Teal,
+)
 from gnomon.predictors.base import Predictor
+from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 from gnomon.predictors.shadow import Shadow as ShadowPredictor
 from gnomon.predictors.sketch import Sketch as SketchPredictor
+
+BLOCKS, BLOCK = 8, 128  # of random tokens that thresholds are placed on
 
 
 @dataclass
@@ -33,6 +48,7 @@ class Bench:
     model: Any
     spec: HostSpec
     _made: dict[str, Predictor]
+    _calibration: Calibration | None = None
 
     @classmethod
     def build(cls, cfg: Any, shape: str, device: torch.device) -> Bench:
@@ -61,6 +77,17 @@ class Bench:
                 tensor.random_(0, 127) if whole else tensor.fill_(0.01 * name.endswith("scale"))
             self._made["sketch"] = made.eval()
         return self._made["sketch"]
+
+    def calibration(self) -> Calibration:
+        """The host's own activations on random tokens: thresholds of any density."""
+        if self._calibration is None:
+            made = Calibration.for_host(self.spec)
+            generator = torch.Generator().manual_seed(self.cfg.seed)
+            ids = torch.randint(4, self.spec.V, (BLOCKS, BLOCK), generator=generator)
+            measure(made, self.model, self.spec, ids)
+            made.info = replace(made.info, host=self.spec.name, spec_hash=self.spec.hash)
+            self._calibration = made
+        return self._calibration
 
     def means(self) -> dict[str, Tensor]:
         """Random means: which units a static policy keeps."""
@@ -116,5 +143,16 @@ POLICIES: dict[str, Make] = {
     "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),
     "static_keep": lambda b, k: Static(b.means(), k, b.cfg.policy_batch),
     "random": lambda b, k: Random(k, batch=b.cfg.policy_batch),
+    "cats": lambda b, k: Cats(b.calibration(), _neurons(k)),
+    "chess": lambda b, k: Chess(b.calibration(), k),
+    "chess_ffn": lambda b, k: Chess(b.calibration(), _neurons(k), attention=False),
+    "teal": lambda b, k: Teal(b.calibration(), k),
     "dense_int8": lambda b, k: DenseInt8(),
 }
+
+THRESHOLDS = {"cats", "chess", "chess_ffn", "teal"}
+
+
+def _neurons(budget: Budget) -> Budget:
+    """The budget of a policy that decides neurons alone."""
+    return replace(budget, heads=None)

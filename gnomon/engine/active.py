@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gnomon.accounting import Role
 from gnomon.host import Tap, UnitKind
 
 
@@ -44,30 +45,90 @@ class Active:
     wanted: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Input channels that a linear reads: those whose magnitude exceeds a threshold.
+
+    Attributes:
+        x: (B, W) the linear's input, of the step that ran last.
+        cut: (1,) fp32.
+    """
+
+    x: Tensor
+    cut: Tensor
+
+    @property
+    def keep(self) -> Tensor:
+        """(B, W) bool."""
+        return self.x.float().abs() > self.cut
+
+
 class Decider(Protocol):
     """What a decode step asks: which hidden states are wanted, and which units are active.
 
     Attributes:
         taps: hidden states to hand over.
+        channels: linears whose input channels are skipped, in every layer.
     """
 
     taps: Sequence[Tap]
+    channels: frozenset[Role]
 
     def see(self, tap: Tap, hidden: Tensor) -> None:
         """Takes the hidden state (B, W) of this step at one of ``taps``."""
 
+    def reads_gate(self, layer: int) -> bool:
+        """Whether the neurons of a layer are decided from its gate."""
+
+    def see_gate(self, layer: int, gate: Tensor) -> None:
+        """Takes act(gate) (B, F) of a layer that is decided from it."""
+
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """The active set, asked just before its first use; None keeps every unit."""
 
+    def cut(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """The threshold (1,) of a linear in ``channels`` on its input x (B, W)."""
+
 
 class KeepAll:
-    """The dense model."""
+    """The dense model, and what a decider does where it says nothing else."""
 
     taps: Sequence[Tap] = ()
+    channels: frozenset[Role] = frozenset()
 
     def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Never called."""
+
+    def reads_gate(self, layer: int) -> bool:
+        """No gate is asked for."""
+        return False
+
+    def see_gate(self, layer: int, gate: Tensor) -> None:
         """Never called."""
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """Every unit."""
         return None
+
+    def cut(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """Never called."""
+        raise NotImplementedError
+
+
+Key = tuple[UnitKind, int]
+
+
+class StepDecider(KeepAll):
+    """A decider with the engine's view of it.
+
+    Attributes:
+        sets: active sets of the step that ran last; a layer that is missing keeps everything.
+        inputs: what linears in ``channels`` read in that step.
+    """
+
+    def __init__(self) -> None:
+        self.sets: dict[Key, Active] = {}
+        self.inputs: dict[tuple[Role, int], Channels] = {}
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """A step starts: (B,) positions of its tokens, and which rows have not ended."""

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from gnomon.accounting import LINEARS, Role
 from gnomon.engine.active import Active
-from gnomon.engine.decide import Key
 from gnomon.engine.engine import Engine
 from gnomon.host import KINDS, UnitKind
 from gnomon.policies.base import Policy
 from gnomon.runtime.sparsify import sparsify
+
+Kept = dict[tuple[UnitKind | Role, int], Tensor]
 
 
 def agree(
@@ -33,8 +35,9 @@ def agree(
 
     Returns:
         ``steps``; ``logits_rms``, the difference of the logits over the norm of the reference's;
-        ``top1``, the share of steps whose likeliest token is the same; ``sets``, units kept by both
-        over units kept by either, 1 where the active sets are the same.
+        ``top1``, the share of steps whose likeliest token is the same; ``sets``, units and input
+        channels kept by both over those kept by either, where either skips some; 1 where the
+        active sets are the same.
 
     Raises:
         ValueError: more steps than tokens.
@@ -55,46 +58,50 @@ def agree(
 @torch.no_grad()
 def _reference(
     model: PreTrainedModel, policy: Policy | None, ids: Tensor, steps: int
-) -> tuple[Tensor, dict[Key, Tensor]]:
-    """Logits (B, steps, V), and (kind, layer) -> active sets (B or 1, steps or 1, N)."""
+) -> tuple[Tensor, Kept]:
+    """Logits (B, steps, V), and (kind or role, layer) -> active sets (B or 1, steps or 1, N)."""
     prompt = ids.shape[1] - steps + 1
-    kept: dict[Key, Tensor] = {}
+    kept: Kept = {}
     if policy is None:
         return model(ids).logits[:, -steps:].float(), kept
     with sparsify(model, policy, backend="mask", prompt_length=prompt) as session:
 
-        def note(kind: UnitKind, layer: int, keep: Tensor, step: Any) -> None:
+        def note(kind: UnitKind | Role, layer: int, keep: Tensor, step: Any) -> None:
             kept[kind, layer] = keep.clone()
 
         session.on_decision = note
         return model(ids).logits[:, -steps:].float(), kept
 
 
-def _steps(
-    engine: Engine, ids: Tensor, steps: int, kept: dict[Key, Tensor]
-) -> tuple[Tensor, int, int]:
+def _steps(engine: Engine, ids: Tensor, steps: int, kept: Kept) -> tuple[Tensor, int, int]:
     """The engine's logits (B, steps, V), and how many units both and either of them kept."""
     engine.prefill(ids[:, : ids.shape[1] - steps + 1])
     rows, both, either = [], 0, 0
     for i in range(steps):
         rows.append(engine.step(ids[:, ids.shape[1] - steps + i]).clone())
-        for kind in KINDS:
-            for layer in range(engine.spec.L):
-                wanted = kept.get((kind, layer))
-                found = engine.active(kind, layer)
-                n = engine.spec.units(kind)
-                a = _mask(found, n, engine)
-                b = torch.ones_like(a) if wanted is None else _at(wanted, i, len(ids))
-                both += int((a & b).sum())
-                either += int((a | b).sum())
+        layers = range(engine.spec.L)
+        for key in ((what, layer) for what in (*KINDS, *LINEARS) for layer in layers):
+            a, wanted = _found(engine, *key), kept.get(key)
+            b = None if wanted is None else _at(wanted, i, len(ids))
+            if a is None and b is None:
+                continue
+            every = torch.ones(1, dtype=torch.bool, device=engine.device)
+            a, b = (every if keep is None else keep for keep in (a, b))
+            both += int((a & b).sum())
+            either += int((a | b).sum())
     return torch.stack(rows, dim=1), both, either
 
 
-def _mask(active: Active | None, units: int, engine: Engine) -> Tensor:
+def _found(engine: Engine, what: UnitKind | Role, layer: int) -> Tensor | None:
+    """What the engine's last step kept, (B, N) bool; None for everything."""
+    if what != "heads" and what != "neurons":
+        return engine.channels(what, layer)
+    active = engine.active(what, layer)
+    return None if active is None else _mask(active, engine.spec.units(what), engine)
+
+
+def _mask(active: Active, units: int, engine: Engine) -> Tensor:
     """(B, N) bool."""
-    shape = (engine.batch, units)
-    if active is None:
-        return torch.ones(shape, dtype=torch.bool, device=engine.device)
     index = active.index.long()
     holds = torch.ones_like(index, dtype=torch.bool)
     if active.count is not None:
@@ -102,7 +109,7 @@ def _mask(active: Active | None, units: int, engine: Engine) -> Tensor:
         holds = places < active.count[:, None]
     keep = torch.zeros(index.shape[0], units + 1, dtype=torch.bool, device=engine.device)
     keep.scatter_(1, torch.where(holds, index, units), True)
-    return keep[:, :units].expand(shape)
+    return keep[:, :units].expand(engine.batch, units)
 
 
 def _at(kept: Tensor, step: int, rows: int) -> Tensor:

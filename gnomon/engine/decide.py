@@ -10,64 +10,35 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gnomon.engine.active import Active, KeepAll
+from gnomon.engine.active import Active, Key, StepDecider
 from gnomon.engine.lists import Lists
+from gnomon.engine.passing import Passing
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.kernels.cpu_library import library
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.learned import Learned
+from gnomon.policies.threshold import Threshold
 from gnomon.predictors.linear import LinearStack
 
-Key = tuple[UnitKind, int]
 
-
-class StepDecider(Protocol):
-    """A decider with the engine's view of it.
-
-    Attributes:
-        taps: hidden states that a step hands over.
-        sets: active sets of the step that ran last; a layer that is missing keeps everything.
-    """
-
-    taps: Sequence[Tap]
-    sets: dict[Key, Active]
-
-    def begin(self, position: Tensor, live: Tensor) -> None:
-        """A step starts: (B,) positions of its tokens, and which rows have not ended."""
-
-    def see(self, tap: Tap, hidden: Tensor) -> None:
-        """Takes a hidden state (B, W) of this step."""
-
-    def active(self, kind: UnitKind, layer: int) -> Active | None:
-        """The active set, asked just before its first use; None keeps every unit."""
-
-
-class Dense(KeepAll):
+class Dense(StepDecider):
     """Keeps everything: the dense twin."""
 
-    def __init__(self) -> None:
-        self.sets: dict[Key, Active] = {}
 
-    def begin(self, position: Tensor, live: Tensor) -> None:
-        """Nothing to prepare."""
-
-
-class Fixed:
+class Fixed(StepDecider):
     """Sets that hold for a sequence (``static``, ``prompt``), decided before its first step.
 
     One set for the whole batch is compacted: the step then runs on small contiguous weights.
     """
 
-    taps: Sequence[Tap] = ()
-
     def __init__(self, policy: Policy, spec: HostSpec, lists: Lists) -> None:
+        super().__init__()
         self.policy, self.spec = policy, spec
-        self.sets: dict[Key, Active] = {}
         self.rows: dict[Key, Tensor] = {}
         """(kind, layer) -> rows to compact, as :func:`gnomon.engine.weights.compacted` takes."""
         self._lists = lists
@@ -103,12 +74,6 @@ class Fixed:
             self.sets = found
         return not same
 
-    def begin(self, position: Tensor, live: Tensor) -> None:
-        """Nothing to prepare."""
-
-    def see(self, tap: Tap, hidden: Tensor) -> None:
-        """Never called."""
-
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """The sequence's set."""
         return self.sets.get((kind, layer))
@@ -126,24 +91,34 @@ class Fixed:
         return _without_idle_groups(found, keep, self.spec)
 
 
-class PerToken:
+class PerToken(StepDecider):
     """Any policy that decides at every token, layer by layer, with its own torch operators."""
 
     def __init__(self, policy: Policy, spec: HostSpec, lists: Lists) -> None:
+        super().__init__()
         self.policy = policy
         self.taps: Sequence[Tap] = policy.taps()
-        self.sets: dict[Key, Active] = {}
         self._lists = lists
 
     def begin(self, position: Tensor, live: Tensor) -> None:
         """Forgets the step before."""
         self.sets.clear()
         self._hidden: dict[Tap, Tensor] = {}
-        self._seen = _seen(self._hidden, position, live)
+        self._gates: dict[int, Tensor] = {}
+        self._seen = _seen(self._hidden, position, live, self._gates)
 
     def see(self, tap: Tap, hidden: Tensor) -> None:
         """Keeps it for the decisions that read it."""
         self._hidden[tap] = hidden
+
+    def reads_gate(self, layer: int) -> bool:
+        """Whether the policy looks at it here."""
+        idle = self.policy.keeps_all("neurons", layer) or self.policy.skips("neurons", layer)
+        return self.policy.reads_gate and not idle
+
+    def see_gate(self, layer: int, gate: Tensor) -> None:
+        """Keeps it for the decision that reads it."""
+        self._gates[layer] = gate
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """Asks the policy."""
@@ -156,13 +131,13 @@ class PerToken:
         return found
 
 
-class Fused:
+class Fused(StepDecider):
     """A predictor's top units: one GEMV for all layers that a tap decides, one selection for those
     that keep equally many (all, under ``spread=layer``)."""
 
     def __init__(self, policy: Learned, spec: HostSpec, lists: Lists) -> None:
+        super().__init__()
         self.policy, self._lists = policy, lists
-        self.sets: dict[Key, Active] = {}
         self.plan = _plan(policy, spec)
         self.taps: Sequence[Tap] = tuple(self.plan)
         self._predictor = _widened(policy)
@@ -202,24 +177,30 @@ class Fused:
         return self.sets.get((kind, layer))
 
 
-def decider(
-    policy: Policy | None, spec: HostSpec, lists: Lists
-) -> Dense | Fixed | PerToken | Fused:
+def decider(policy: Policy | None, spec: HostSpec, lists: Lists) -> StepDecider:
     """The decider of a bound policy; None keeps everything."""
-    if policy is None or all(policy.keeps_all(k, i) for k in KINDS for i in range(spec.L)):
+    if policy is None or policy.skips_nothing:
         return Dense()
     if policy.refresh != "token":
         return Fixed(policy, spec, lists)
     if Fused.fits(policy):
         assert isinstance(policy, Learned)
         return Fused(policy, spec, lists)
+    if Passing.fits(policy):
+        assert isinstance(policy, Threshold)
+        return Passing(policy, spec, lists)
     return PerToken(policy, spec, lists)
 
 
-def _seen(hidden: dict[Tap, Tensor], position: Tensor, live: Tensor) -> Seen:
-    memo: dict[Any, Any] = {}
+def _seen(
+    hidden: dict[Tap, Tensor],
+    position: Tensor,
+    live: Tensor,
+    gates: dict[int, Tensor] | None = None,
+) -> Seen:
     look: Callable[[Tap], Tensor] = lambda tap: hidden[tap][:, None]  # noqa: E731
-    return Seen(look, position.long()[:, None], live[:, None], memo)
+    gate = None if gates is None else lambda layer: gates[layer][:, None]
+    return Seen(look, position.long()[:, None], live[:, None], {}, gate=gate)
 
 
 def _plan(policy: Learned, spec: HostSpec) -> dict[Tap, dict[UnitKind, list[int]]]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from gnomon.engine.active import Active
+from gnomon.accounting import Role
+from gnomon.engine.active import Active, Channels, Key
 from gnomon.engine.arithmetic import read_arithmetic
 from gnomon.engine.cache import Cache
-from gnomon.engine.decide import Fixed, Key, decider
+from gnomon.engine.decide import Fixed, decider
 from gnomon.engine.graph import Replay
 from gnomon.engine.lists import Lists
 from gnomon.engine.loop import Loop
@@ -26,19 +27,21 @@ from gnomon.engine.support import (
     choose_ops,
     named_memory,
     one_device,
+    require_bound,
     require_fit,
     require_plain_weights,
     require_policy,
-    require_prefill,
     require_sizes,
 )
-from gnomon.engine.weights import StepWeights, compacted, lay_out, restore
+from gnomon.engine.turned import weights_for
+from gnomon.engine.weights import StepWeights, compacted, restore
 from gnomon.host import UnitKind, describe, weight
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.statistic import PromptStatistic
 from gnomon.runtime.sparsify import _active as sparsified
 
 Sets = dict[Key, Active]
+Inputs = dict[tuple[Role, int], Channels]
 
 
 class Engine:
@@ -57,7 +60,8 @@ class Engine:
         context: most tokens of a sequence, prompt included. Buffers have 512, 1024, 2048, …
             places, this many at most, as the prompt and what it asks for need.
         weights: of another engine of the same host (``engine.weights``), so that nothing is laid
-            out or held twice; that engine must outlive this one.
+            out or held twice but linears whose input channels are skipped; that engine must
+            outlive this one.
 
     Raises:
         UnsupportedHostError: the host's step cannot be expressed.
@@ -84,18 +88,19 @@ class Engine:
         if policy is not None:
             require_policy(policy)
             policy.bind(model, self.spec)
-            own = policy.weight_dtype == "int8"
-            require_prefill(policy, own if weights is None else weights.int8)
+            require_bound(policy, None if weights is None else weights.int8)
         lists = Lists(self.spec, self.device, self.ops.name)
         self._cache: Cache | None = None
-        self._steps: dict[Sampling, tuple[Replay, Sets]] = {}
+        self._steps: dict[Sampling, tuple[Replay, Sets, Inputs]] = {}
         self._latest: Sets = {}
+        self._inputs: Inputs = {}
         self._owner = weights is None
         with named_memory(batch, context), torch.no_grad():
             self.math = read_arithmetic(model, self.spec, context)
             self.decider = decider(policy, self.spec, lists)
             self._loop = Loop(batch, self.spec.V, context, self.device)
-            self.weights = self._lay_out() if weights is None else weights
+            turn = self.decider.channels
+            self.weights = weights_for(model, self.spec, policy, turn, weights)
         self._active_weights = self.weights
 
     @property
@@ -221,10 +226,15 @@ class Engine:
         """The active set of the last step; None keeps every unit."""
         return self._latest.get((kind, layer))
 
+    def channels(self, role: Role, layer: int) -> Tensor | None:
+        """Input channels (B, W) that a linear read in the last step; None for all."""
+        found = self._inputs.get((role, layer))
+        return None if found is None else found.keep
+
     def close(self) -> None:
         """Gives buffers back and the host its own layout; again does nothing."""
         self._steps.clear()
-        self._cache = None
+        self._cache, self._inputs = None, {}
         if self._owner:
             self._owner = False
             restore(self.model, self.spec)
@@ -239,15 +249,6 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _lay_out(self) -> StepWeights:
-        int8 = self.policy is not None and self.policy.weight_dtype == "int8"
-        try:
-            weights = lay_out(self.model, self.spec)
-            return weights.quantized() if int8 else weights
-        except BaseException:
-            restore(self.model, self.spec)
-            raise
 
     def _reserve(self, need: int) -> Cache:
         """A cache of the bucket that holds ``need`` tokens; a larger one is kept."""
@@ -272,12 +273,12 @@ class Engine:
         if sampling not in self._steps:
             with named_memory(self.batch, self.context):
                 self._steps[sampling] = self._capture(sampling)
-        replay, self._latest = self._steps[sampling]
+        replay, self._latest, self._inputs = self._steps[sampling]
         replay()
         self._used += 1
         self._written += 1
 
-    def _capture(self, sampling: Sampling) -> tuple[Replay, Sets]:
+    def _capture(self, sampling: Sampling) -> tuple[Replay, Sets, Inputs]:
         assert self._cache is not None
         generator = self._loop.generator
         state = (self._cache.position, *self._loop.state())
@@ -289,8 +290,8 @@ class Engine:
                 tensor.copy_(value)
 
         replay = Replay(lambda: self._body(sampling), self.device, reset, (generator,))
-        sets = self.decider.sets
-        return replay, dict(sets) if replay.captured else sets
+        sets, inputs = self.decider.sets, self.decider.inputs
+        return (replay, dict(sets), dict(inputs)) if replay.captured else (replay, sets, inputs)
 
     @torch.no_grad()
     def _body(self, sampling: Sampling) -> None:

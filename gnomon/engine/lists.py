@@ -16,9 +16,13 @@ Select = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor,
 _SELECT: dict[str, Select] = {
     "torch": (select.select_topk_reference, compact.compact_mask_reference)
 }
+_PASSING: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "torch": compact.select_passing_reference
+}
 _SLOTS: dict[str, Callable[..., Tensor]] = {"torch": compact.slots_reference}
 if select.triton is not None:
     _SELECT["triton"] = (select.select_topk_triton, compact.compact_mask_triton)
+    _PASSING["triton"] = compact.select_passing_triton
     _SLOTS["triton"] = compact.slots_triton
 
 
@@ -34,7 +38,7 @@ class Lists:
     def __init__(self, spec: HostSpec, device: torch.device, backend: str) -> None:
         self.spec = spec
         self._topk, self._compact = _SELECT[backend]
-        self._slots = _SLOTS[backend]
+        self._slots, self._passing = _SLOTS[backend], _PASSING[backend]
         self._kv = torch.arange(2 * spec.G, dtype=torch.int32, device=device)
         self._within = torch.arange(spec.group_size, dtype=torch.int32, device=device)
 
@@ -48,6 +52,17 @@ class Lists:
         """
         index, count = self._compact(keep, self.spec.units(kind) if kept is None else kept)
         return self._sets(kind, index[None], count[None], kept is None)[0]
+
+    def of_passing(self, kind: UnitKind, x: Tensor, cut: Tensor) -> Active:
+        """The units of one layer whose magnitude exceeds a threshold.
+
+        Args:
+            kind: heads or neurons.
+            x: (R, N) fp32.
+            cut: (1, 1), or (1, N) with one for every unit.
+        """
+        index, count = self._passing(x, cut, x.shape[1])
+        return self._sets(kind, index[None], count[None], True)[0]
 
     def of_scores(self, kind: UnitKind, scores: Tensor, keep: int) -> list[Active]:
         """The best units of many layers, in one selection.

@@ -11,10 +11,12 @@ from gnomon.kernels import (
     column_gather,
     cpu_attention,
     cpu_gather,
+    cpu_threshold,
     decode_attention,
     gathered_ffn,
     norm_add,
     row_gather,
+    threshold_gemv,
 )
 
 
@@ -28,6 +30,7 @@ class Ops:
     column_gather: Callable[..., Tensor]
     norm_add: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
+    threshold_gemv: Callable[..., Tensor]
 
 
 TORCH = Ops(
@@ -37,6 +40,7 @@ TORCH = Ops(
     cpu_gather.column_gather,
     norm_add.norm_add_reference,
     cpu_attention.decode_attention,
+    cpu_threshold.threshold_gemv,
 )
 TRITON = Ops(
     "triton",
@@ -45,6 +49,7 @@ TRITON = Ops(
     column_gather.column_gather_triton,
     norm_add.norm_add_triton,
     decode_attention.decode_attention_triton,
+    threshold_gemv.threshold_gemv_triton,
 )
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gnomon.engine.active import Active, Decider, KeepAll
 from gnomon.engine.arithmetic import Arithmetic, LayerMath, Norm
 from gnomon.engine.cache import Cache
+from gnomon.engine.linears import Linears
 from gnomon.engine.ops import Ops
 from gnomon.engine.weights import LayerWeights, Matrix, StepWeights
 from gnomon.host import HostSpec, Site, Tap
@@ -61,15 +62,14 @@ def decode_step(
     return logits
 
 
-class _Step:
+class _Step(Linears):
     """The sublayers of one step."""
 
     def __init__(
         self, cache: Cache, math: Arithmetic, spec: HostSpec, decider: Decider, ops: Ops
     ) -> None:
-        self.cache, self.math, self.spec = cache, math, spec
-        self.decider, self.ops = decider, ops
-        self.taps = frozenset(decider.taps)
+        super().__init__(spec, decider, ops, math.activation)
+        self.cache, self.math, self.taps = cache, math, frozenset(decider.taps)
 
     def embed(self, token: Tensor, weights: StepWeights) -> Tensor:
         """Tokens (B,) -> the residual stream (B, D) that enters the first layer."""
@@ -91,54 +91,21 @@ class _Step:
         """Only for a predictor that reads it: the norm is otherwise part of the projection."""
         tap = Tap(layer, site)
         if tap in self.taps:
-            normed = self.ops.norm_add(x, norm.weight, norm.bias, norm.kind, norm.eps)
-            self.decider.see(tap, normed)
-
-    def rows(
-        self,
-        x: Tensor,
-        matrix: Matrix,
-        norm: Norm,
-        bias: Tensor | None,
-        active: Active | None = None,
-    ) -> Tensor:
-        """Normed x times the rows of a matrix: all, or the kept heads' with all k and v rows."""
-        norms = (norm.weight, norm.bias, norm.kind, norm.eps, torch.float32)
-        lists = (None, None) if active is None else (active.kvq, active.kvq_count)
-        index, count, wanted = _followed(active, *lists)
-        if active is None or (index is None and wanted is None):
-            return self.ops.row_gather(x, matrix.weight, None, 1, None, matrix.scale, bias, *norms)
-        how = (index, self.spec.d, count, matrix.scale, bias, *norms, active.early, wanted)
-        return self.ops.row_gather(x, matrix.weight, *how)
+            self.decider.see(tap, self.normed(x, norm))
 
     def attend(self, layer: int, x: Tensor, w: LayerWeights) -> Tensor:
         """The attention sublayer, residual added."""
         math, spec = self.math.layers[layer], self.spec
         self._see_normed("attn_input", layer, x, math.attn_norm)
         active = self.decider.active("heads", layer)
-        kvq = self.rows(x, w.kvq, math.attn_norm, w.kvq_bias, active)
-        groups = spec.G if active is None or active.groups is None else active.groups
-        wide = groups * spec.d
-        k, v, q = kvq[:, :wide], kvq[:, wide : 2 * wide], kvq[:, 2 * wide :]
+        k, v, q = self.qkv(layer, x, w, math.attn_norm, active)
         context = self._attention(layer, math, q, k, v, active)
         self._see_context(layer, context, active)
-        post = _is(math.attn_post)
-        lists = (None, None) if active is None else (active.index, active.count)
-        index, count, wanted = _followed(active, *lists)
-        whole = index is None and wanted is None
-        y = self.ops.column_gather(
-            context,
-            w.out_t.weight,
-            index,
-            1 if whole else spec.d,
-            count,
-            w.out_t.scale,
-            w.out_bias,
-            None if post else x,
-            torch.float32,
-            not whole,  # the list is older than the attention that ran in between
-            wanted,
-        )
+        residual = None if _is(math.attn_post) else x
+        if "out" in self.decider.channels:
+            y = self.passing(("out",), layer, context, w.out_t, w.out_bias, residual=residual)
+        else:
+            y = self.columns(context, w.out_t, active, spec.d, w.out_bias, residual)
         return self._finish(y, x, math.attn_post, math.attn_after)
 
     def _attention(
@@ -197,44 +164,14 @@ class _Step:
     def feed_forward(self, layer: int, x: Tensor, w: LayerWeights) -> Tensor:
         """The FFN sublayer, residual added."""
         math = self.math.layers[layer]
-        norm = math.ffn_norm
-        self._see_normed("ffn_input", layer, x, norm)
-        active = self.decider.active("neurons", layer)
-        lists = (None, None) if active is None else (active.index, active.count)
-        index, count, wanted = _followed(active, *lists)
-        h = self.ops.ffn_up(
-            x,
-            w.up.weight,
-            None if w.gate is None else w.gate.weight,
-            index,
-            count,
-            self.math.activation,
-            w.up_bias,
-            w.gate_bias,
-            w.up.scale,
-            None if w.gate is None else w.gate.scale,
-            norm.weight,
-            norm.bias,
-            norm.kind,
-            norm.eps,
-            active is not None and active.early,
-            wanted,
-        )
-        if active is not None and wanted is not None:
-            h = torch.where(active.slot >= 0, h, 0)
-        y = self.ops.column_gather(
-            h,
-            w.down_t.weight,
-            index,
-            1,
-            count,
-            w.down_t.scale,
-            w.down_bias,
-            None if _is(math.ffn_post) else x,
-            torch.float32,
-            index is not None or wanted is not None,
-            wanted,
-        )
+        self._see_normed("ffn_input", layer, x, math.ffn_norm)
+        residual = None if _is(math.ffn_post) else x
+        if "up" in self.decider.channels:
+            h = self.units(layer, x, w, math.ffn_norm)
+            y = self.passing(("down",), layer, h, w.down_t, w.down_bias, residual=residual)
+        else:
+            h, active = self.kept_units(layer, x, w, math.ffn_norm)
+            y = self.columns(h, w.down_t, active, 1, w.down_bias, residual)
         return self._finish(y, x, math.ffn_post, math.ffn_after)
 
     def _finish(self, y: Tensor, x: Tensor, post: Norm, after: Norm) -> Tensor:
@@ -248,20 +185,3 @@ class _Step:
 
 def _is(norm: Norm) -> bool:
     return norm.kind != "none"
-
-
-Followed = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _followed(active: Active | None, index: Tensor | None, count: Tensor | None) -> Followed:
-    """A list and its count, or the units that any sequence wants; nothing where all is read."""
-    if active is None or active.compacted:
-        return None, None, None
-    if active.wanted is not None:
-        return None, None, active.wanted
-    return _shared(index), count, None
-
-
-def _shared(index: Tensor | None) -> Tensor | None:
-    """A list for the whole batch as (S,), lists of single sequences as they are."""
-    return index[0] if index is not None and index.shape[0] == 1 else index

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from gnomon.engine.ops import Ops, ops
+from gnomon.engine.passing import Passing
 from gnomon.host import HostSpec, UnsupportedHostError, weight
 from gnomon.kernels.launch import interpreted
 from gnomon.kernels.select import triton
 from gnomon.policies.base import Policy
+from gnomon.policies.threshold import Threshold
 
 SMALLEST = 512  # tokens of the smallest context bucket
 
@@ -106,15 +108,49 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} looks at the values that it decides about: it exists under "
             "backend=mask alone and has no decode engine"
         )
-    if policy.channels or policy.reads_gate:
+    if policy.channels and not isinstance(policy, Threshold):
         raise UnsupportedPolicyError(
-            f"policy={policy.name} decides inside a sublayer, from its gate or its input channels, "
-            "which the fused decode step does not stop for: use gnomon.sparsify with generate()"
+            f"policy={policy.name} skips input channels by a rule of its own, and the decode "
+            "engine compares them with thresholds alone: use gnomon.sparsify with generate()"
         )
     if policy.transforms and policy.weight_dtype != "int8":
         raise UnsupportedPolicyError(
             f"policy={policy.name} changes the host's weights in a way that the decode engine does "
             "not read: use gnomon.sparsify with generate()"
+        )
+
+
+def require_bound(policy: Policy, int8: bool | None) -> None:
+    """Raises UnsupportedPolicyError for a bound policy that the weights do not serve.
+
+    ``int8`` says what shared weights are; None for the policy's own.
+    """
+    int8 = policy.weight_dtype == "int8" if int8 is None else int8
+    require_prefill(policy, int8)
+    require_channels(policy, int8)
+
+
+def require_channels(policy: Policy, int8: bool) -> None:
+    """Raises UnsupportedPolicyError for a bound policy's choice of linears, or int8 weights.
+
+    A scale of int8 weights belongs to an output of q, k, v, gate and up, and a threshold's kernel
+    applies those of input channels.
+    """
+    if not isinstance(policy, Threshold) or not policy.thresholded:
+        return
+    own = policy.thresholded
+    attention, ffn = own & {"q", "k", "v"}, own - {"q", "k", "v", "out"}
+    whole = {"up", "down"} | ({"gate"} if policy.spec.gated else set())
+    served = attention in ({"q"}, {"q", "k", "v"}, set()) and ffn in (whole, set())
+    if not (served and Passing.fits(policy)) or (ffn and policy.table is not None):
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} skips input channels of {', '.join(sorted(own))}, which the "
+            "fused decode step does not do together: use gnomon.sparsify with generate()"
+        )
+    if int8 and own - {"out", "down"}:
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} skips input channels, which the decode engine does not read of "
+            "int8 weights: load the host in a floating-point dtype"
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from gnomon.accounting import Role
 from gnomon.engine.expressible import decoder_of
 from gnomon.host import HostSpec, LayerSpec, UnitKind, module
 from gnomon.kernels.rowscaled_linear import quantize_rows
@@ -46,10 +47,13 @@ class LayerWeights:
     """One layer.
 
     Attributes:
-        kvq: ((2G + H)·d, D), the rows of k, v and q; ``kvq_bias`` or None.
+        kvq: ((2G + H)·d, D), the rows of k, v and q; ``kvq_bias`` or None. Its transpose where
+            input channels of all three are skipped; k and v alone where only q's are.
         out_t: (H·d, D); ``out_bias`` (D,) or None.
-        up, gate: (F, D), gate None in a plain FFN; ``up_bias``, ``gate_bias`` (F,) or None.
+        up, gate: (F, D), or (D, F) where input channels are skipped; gate None in a plain FFN;
+            ``up_bias``, ``gate_bias`` (F,) or None.
         down_t: (F, D); ``down_bias`` (D,) or None.
+        q_t: (D, H·d) where input channels of q alone are skipped; ``q_bias`` (H·d,) or None.
     """
 
     kvq: Matrix
@@ -62,6 +66,8 @@ class LayerWeights:
     gate_bias: Tensor | None
     down_t: Matrix
     down_bias: Tensor | None
+    q_t: Matrix | None = None
+    q_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class StepWeights:
         head: (V, D), the same tensor where they are tied; ``head_bias`` (V,) or None.
         project_in, project_out: around the layers of a host whose embeddings are E wide, not D
             (OPT-350m): (D, E) and (E, D), and ``embed`` and ``head`` are (V, E); else None.
+        turned: linears laid out by input channel (:mod:`gnomon.engine.turned`).
     """
 
     layers: tuple[LayerWeights, ...]
@@ -81,6 +88,7 @@ class StepWeights:
     head_bias: Tensor | None
     project_in: Tensor | None = None
     project_out: Tensor | None = None
+    turned: frozenset[Role] = frozenset()
 
     @property
     def int8(self) -> bool:
@@ -113,16 +121,22 @@ def laid_out(model: nn.Module, spec: HostSpec) -> Iterator[StepWeights]:
 
 
 @torch.no_grad()
-def lay_out(model: nn.Module, spec: HostSpec) -> StepWeights:
-    """The layout itself; :func:`restore` takes it back."""
+def lay_out(
+    model: nn.Module,
+    spec: HostSpec,
+    then: Callable[[LayerSpec, LayerWeights], LayerWeights] = lambda paths, layer: layer,
+) -> StepWeights:
+    """The layout itself, each layer followed by ``then``; :func:`restore` takes it back."""
     head, decoder = module(model, spec.head), decoder_of(model, spec)
-    ends = {name: getattr(decoder, name, None) for name in ("project_in", "project_out")}
+    ends = (getattr(decoder, name, None) for name in ("project_in", "project_out"))
+    project_in, project_out = (None if end is None else end.weight.data for end in ends)
     return StepWeights(
-        layers=tuple(_layer(model, layer) for layer in spec.layers),
-        embed=_parameter(model, spec.embed).data,
-        head=Matrix(_parameter(model, spec.head).data),
+        layers=tuple(then(layer, _layer(model, layer)) for layer in spec.layers),
+        embed=parameter_of(model, spec.embed).data,
+        head=Matrix(parameter_of(model, spec.head).data),
         head_bias=_bias(head),
-        **{name: None if end is None else end.weight.data for name, end in ends.items()},
+        project_in=project_in,
+        project_out=project_out,
     )
 
 
@@ -131,7 +145,7 @@ def restore(model: nn.Module, spec: HostSpec) -> None:
     """Gives every linear a contiguous tensor of its own again."""
     for layer in spec.layers:
         for path in layer.linears:
-            parameter = _parameter(model, path)
+            parameter = parameter_of(model, path)
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
@@ -219,7 +233,7 @@ def _layer(model: nn.Module, layer: LayerSpec) -> LayerWeights:
 
 def _fused(model: nn.Module, paths: tuple[str, ...]) -> Tensor:
     """Rows of several linears in one tensor, of which they become views."""
-    parameters = [_parameter(model, path) for path in paths]
+    parameters = [parameter_of(model, path) for path in paths]
     fused = torch.cat([p.data for p in parameters])
     start = 0
     for parameter in parameters:
@@ -232,7 +246,7 @@ def _fused(model: nn.Module, paths: tuple[str, ...]) -> Tensor:
 def _fused_bias(model: nn.Module, layer: LayerSpec, biases: list[Tensor | None]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
-    rows = [_parameter(model, path).shape[0] for path in (layer.k, layer.v, layer.q)]
+    rows = [parameter_of(model, path).shape[0] for path in (layer.k, layer.v, layer.q)]
     like = next(bias for bias in biases if bias is not None)
     return torch.cat(
         [like.new_zeros(n) if b is None else b for b, n in zip(biases, rows, strict=True)]
@@ -241,19 +255,20 @@ def _fused_bias(model: nn.Module, layer: LayerSpec, biases: list[Tensor | None])
 
 def _transposed(model: nn.Module, path: str) -> Tensor:
     """(in, out) contiguous; the linear's weight becomes its transposed view."""
-    parameter = _parameter(model, path)
+    parameter = parameter_of(model, path)
     turned = parameter.data.t().contiguous()
     parameter.data = turned.t()
     return turned
 
 
 def _plain(model: nn.Module, path: str) -> Matrix:
-    parameter = _parameter(model, path)
+    parameter = parameter_of(model, path)
     parameter.data = parameter.data.contiguous()
     return Matrix(parameter.data)
 
 
-def _parameter(model: nn.Module, path: str) -> nn.Parameter:
+def parameter_of(model: nn.Module, path: str) -> nn.Parameter:
+    """The weight of a linear."""
     weight = module(model, path).weight
     assert isinstance(weight, nn.Parameter)
     return weight

@@ -30,3 +30,7 @@ class Cats(Threshold):
     def scores(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
         """|act(gate)|, (B, T', F)."""
         return activated(layer, seen)
+
+    def gate_cut(self, layer: int) -> Tensor | None:
+        """The layer's threshold."""
+        return self.unit_cut(layer)

@@ -50,6 +50,11 @@ class Chess(Threshold):
         found = activated(layer, seen)
         return found * self.predictor.up_mean[layer].to(found.device)
 
+    def gate_cut(self, layer: int) -> Tensor | None:
+        """t_j of every neuron."""
+        cut = self.unit_cut(layer)
+        return None if cut is None else cut / self.predictor.up_mean[layer].to(cut.device)
+
     @property
     def predictor_bytes(self) -> float:
         """Thresholds of all channels of the gate, read at every token."""

@@ -97,6 +97,11 @@ class Threshold(Policy):
         """Neurons alone, and those only where a table says so."""
         return kind == "neurons" and self.table is not None
 
+    def unit_cut(self, layer: int) -> Tensor | None:
+        """The threshold of a layer's scores, (1, 1); None where no neuron is skipped."""
+        cuts = self._cuts.get("units")
+        return None if cuts is None else cuts[layer : layer + 1, None]
+
     def kept(self, kind: UnitKind, layer: int) -> int | None:
         """The number varies by token."""
         return self.spec.units(kind) if self.keeps_all(kind, layer) else None
@@ -107,7 +112,25 @@ class Threshold(Policy):
 
     def keep_channels(self, role: Role, layer: int, x: Tensor) -> Tensor:
         """Input channels that exceed the layer's threshold: x (B, T', W) -> bool (B, T', W)."""
-        return x.float().abs() > self._cuts[role][layer]
+        return x.float().abs() > self.channel_cut(role, layer)
+
+    @property
+    def thresholded(self) -> frozenset[Role]:
+        """Linears of a layer whose input channels are skipped under the budget."""
+        skipped = (r for r in self.channels if self.channel_density(r, self.resolved) < 1)
+        return frozenset(r for r in skipped if r != "gate" or self.spec.gated)
+
+    def channel_cut(self, role: Role, layer: int) -> Tensor:
+        """What the magnitude of an input channel must exceed: (1,) fp32."""
+        return self._cuts[role][layer : layer + 1]
+
+    def gate_cut(self, layer: int) -> Tensor | None:
+        """What |act(gate)| of a neuron must exceed: (1, 1), or (1, F) with one for every neuron.
+
+        It says of the gate what :meth:`scores` and :meth:`select` say together. None where no
+        neuron is skipped, or where scores are another function of the gate.
+        """
+        return None
 
     def channel_density(self, role: Role, budget: Budget) -> float:
         """Kept fraction of a linear's input channels under a budget."""

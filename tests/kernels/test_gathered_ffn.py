@@ -107,6 +107,37 @@ def test_unwanted_neurons_are_not_read(batch: int, gated: bool, device: torch.de
         assert relative_rms(y, expected) < 2 * TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("kind", [*LISTS, "wanted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_a_given_gate(batch: int, dtype: torch.dtype, kind: str, device: torch.device) -> None:
+    """act(gate), computed before for every neuron, and up rows of the listed ones alone."""
+    listed = "all" if kind == "wanted" else kind
+    plain, held = arguments(batch, 40, 33, listed, dtype, device, gated=False)
+    wanted = torch.rand(33, device=device) < 0.5 if kind == "wanted" else None
+    factor = torch.randn(batch, 33, device=device)
+    x, rows = plain["x"], plain["up"].double()
+    rows = rows if plain["up_scale"] is None else rows * plain["up_scale"].double()[:, None]
+    x = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = factor.double() * (x * plain["norm_weight"] @ rows.T + plain["up_bias"])
+    if wanted is not None:
+        expected = torch.where(wanted, expected, 0)
+    elif plain["index"] is not None:
+        places = plain["index"][..., :held].long().expand(batch, -1)
+        expected = expected.gather(1, places)
+    rounded = batch > 4 and dtype in (torch.bfloat16, torch.float16) and kind != "own"
+    for op in (ffn_up_reference, ffn_up_triton, ffn_up):
+        y = op(**plain, wanted=wanted, given=factor)[:, :held]
+        tolerance = TOLERANCE[dtype if rounded and op is not ffn_up_reference else torch.float32]
+        assert relative_rms(y, expected) < 2 * tolerance
+    if held:
+        assert relative_rms(ffn_up_triton(**plain, wanted=wanted)[:, :held], expected) > 1e-2
+    with pytest.raises(ValueError, match="gate and given are both set"):
+        ffn_up_triton(**(plain | {"gate": plain["up"]}), given=factor)
+    with pytest.raises(ValueError, match=r"given has shape .* every neuron of every sequence"):
+        ffn_up_triton(**plain, given=factor[:, 1:])
+
+
 def test_whole_ffn_and_registration(device: torch.device) -> None:
     given, _ = arguments(2, 40, 33, "some", torch.float32, device)
     for key in ("norm", "norm_weight"):

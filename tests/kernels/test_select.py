@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gathered import poison
 from gnomon.kernels import compact, select
-from gnomon.kernels.compact import compact_mask, select_above, slots
+from gnomon.kernels.compact import compact_mask, select_above, select_passing, slots
 from gnomon.kernels.select import select_segments, select_topk
 from gnomon.kernels.topk_mask import topk_mask
 
@@ -101,6 +101,9 @@ def test_masks_and_thresholds(n: int, device: torch.device) -> None:
         assert listed(*compact.compact_mask_reference(mask, n)) == expected
         assert listed(*compact.select_above_triton(scores, cut, n)) == expected
         assert listed(*select_above(scores, cut, n)) == expected
+        passing = [row.nonzero().flatten().tolist() for row in (scores.abs() > cut).cpu()]
+        assert listed(*compact.select_passing_triton(scores, cut, n)) == passing
+        assert listed(*select_passing(scores, cut, n)) == passing
         few = [row[:3] for row in expected]
         assert listed(*compact.compact_mask_triton(mask, 3)) == few
         assert listed(*compact_mask(mask, 3)) == few
@@ -146,6 +149,7 @@ def test_registered(device: torch.device) -> None:
         (select_segments, (scores, 3, 16)),
         (compact_mask, (scores > 0, 40)),
         (select_above, (scores, k[:, None].float(), 40)),
+        (select_passing, (scores, k[:, None].float(), 40)),
         (slots, (index, count, 40)),
     ):
         # Values past a count are undefined, so the tests that compare two runs leave them out.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from gathered import DTYPES, poison, weights
+from gnomon.kernels import cpu_threshold
+from gnomon.kernels.gather_common import activate
 from gnomon.kernels.threshold_gemv import (
     threshold_gemv,
     threshold_gemv_reference,
@@ -21,6 +25,14 @@ SHAPES = [
     pytest.param(1, 2500, 20, id="long"),
 ]
 CUTS = ["none", "some", "channel", "all"]
+
+
+@torch.no_grad()
+def cpu(*args: Any, **how: Any) -> Tensor:
+    """The C kernel, wherever the tensors are."""
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    how = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in how.items()}
+    return cpu_threshold.threshold_gemv(*args, **how)
 
 
 def threshold(kind: str, width: int, device: torch.device) -> Tensor:
@@ -41,9 +53,29 @@ def test_sum_over_passing_channels(
     rows = w.double() if scale is None else w.double() * scale.double()[:, None]
     expected = torch.where(x.abs() > t, x, 0).double() @ rows + bias.double()
     poison(batch, n, device=device)
-    for launch in (threshold_gemv_reference, threshold_gemv_triton):
-        y = launch(x, w, t, bias, scale)
+    for launch in (threshold_gemv_reference, threshold_gemv_triton, cpu):
+        y = launch(x, w, t, bias, scale).to(device)
         assert y.dtype == torch.float32 and relative_rms(y, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("batch", "width", "n"), SHAPES)
+def test_what_becomes_of_the_sum(
+    batch: int, width: int, n: int, activation: str, device: torch.device
+) -> None:
+    x, (w, _) = torch.randn(batch, width, device=device), weights(width, n, torch.float32, device)
+    bias, t = torch.randn(n, device=device), threshold("some", width, device)
+    given, residual = torch.randn(2, batch, n, device=device)
+    z = torch.where(x.abs() > t, x, 0).double() @ w.double() + bias.double()
+    z = z if activation == "none" else activate(z, activation)
+    expected = residual.double() + given.double() * z
+    fused = {"activation": activation, "given": given, "residual": residual}
+    poison(batch, n, device=device)
+    for launch in (threshold_gemv_reference, threshold_gemv_triton, cpu):
+        y = launch(x, w, t, bias, **fused).to(device)
+        assert relative_rms(y, expected) < TOLERANCE[torch.float32]
+        forgotten = launch(x, w, t, bias, **(fused | {"given": None})).to(device)
+        assert n == 1 or relative_rms(forgotten, expected) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -60,7 +92,7 @@ def test_other_channels_are_not_used(device: torch.device) -> None:
     x, (w, _) = torch.randn(1, 300, device=device), weights(300, 50, torch.float32, device)
     x[0, 0], t = 0.0, threshold("channel", 300, device)
     wrong = w.masked_fill(~(x[0].abs() > t)[:, None], torch.nan)
-    for launch in (threshold_gemv_reference, threshold_gemv_triton, threshold_gemv):
+    for launch in (threshold_gemv_reference, threshold_gemv_triton, threshold_gemv, cpu):
         assert torch.equal(launch(x, wrong, t), launch(x, w, t))
 
 
@@ -86,3 +118,7 @@ def test_registered_and_checked(device: torch.device) -> None:
     for launch in (threshold_gemv, threshold_gemv_triton):
         with pytest.raises(ValueError, match=r"threshold has shape \(3,\).*\(64,\) or \(1,\)"):
             launch(x, w, t[:3], None, scale)
+        with pytest.raises(ValueError, match=r"given has shape \(32,\).*\(2, 32\)"):
+            launch(x, w, t, None, scale, given=t[:32])
+        with pytest.raises(ValueError, match="activation='swish' is unknown"):
+            launch(x, w, t, None, scale, activation="swish")

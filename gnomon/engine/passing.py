@@ -1,0 +1,73 @@
+"""Thresholds in a decode step: neurons by their gate, and input channels inside the products.
+
+The comparison is |x| > t of the policy's own thresholds, made where x is: a list of neurons in one
+launch behind the gate's, and of input channels in the very launch that reads their weights.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gnomon.accounting import Role
+from gnomon.engine.active import Active, Channels, StepDecider
+from gnomon.engine.lists import Lists
+from gnomon.host import HostSpec, UnitKind
+from gnomon.policies.base import Policy
+from gnomon.policies.threshold import Threshold
+
+
+class Passing(StepDecider):
+    """A policy that keeps what exceeds a threshold, and nothing else.
+
+    Args:
+        policy: bound; see :meth:`fits`.
+        spec: the host's.
+        lists: builds active sets.
+    """
+
+    def __init__(self, policy: Threshold, spec: HostSpec, lists: Lists) -> None:
+        super().__init__()
+        self._lists = lists
+        self.channels = policy.thresholded
+        layers = range(spec.L)
+        self.cuts: dict[tuple[Role, int], Tensor] = {
+            (role, i): policy.channel_cut(role, i) for role in self.channels for i in layers
+        }
+        found = {i: policy.gate_cut(i) for i in layers}
+        self.gate_cuts = {i: cut for i, cut in found.items() if cut is not None}
+
+    @staticmethod
+    def fits(policy: Policy) -> bool:
+        """Whether thresholds are all that a bound policy decides by."""
+        if not isinstance(policy, Threshold):
+            return False
+        cls = type(policy)
+        own = (cls.decide, cls.select, cls.keep_channels)
+        if own != (Policy.decide, Threshold.select, Threshold.keep_channels):
+            return False
+        decided = [i for i in range(policy.spec.L) if not policy.keeps_all("neurons", i)]
+        return all(policy.gate_cut(i) is not None for i in decided)
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Forgets the step before."""
+        self.sets.clear()
+        self.inputs.clear()
+
+    def reads_gate(self, layer: int) -> bool:
+        """Whether neurons of this layer are compared."""
+        return layer in self.gate_cuts
+
+    def see_gate(self, layer: int, gate: Tensor) -> None:
+        """Lists the neurons whose gate exceeds its threshold."""
+        cut = self.gate_cuts[layer]
+        self.sets["neurons", layer] = self._lists.of_passing("neurons", gate, cut)
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """Decided when the gate was seen."""
+        return self.sets.get((kind, layer))
+
+    def cut(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """The policy's; x stays at hand for whoever asks afterwards what was read."""
+        cut = self.cuts[role, layer]
+        self.inputs[role, layer] = Channels(x, cut)
+        return cut
