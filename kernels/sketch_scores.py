@@ -9,7 +9,8 @@ neuron's magnitude |h|·‖w_down‖ as the copies tell it. Bytes read: F · D �
 bits_linear) / 8, whatever M.
 
 On a GPU up to 32 rows of x go through the GEMV of ``sketch_gemv.py``, four of them sharing one pass
-over the copies. More rows are a GEMM and take the reference.
+over the copies. More rows are a GEMM and take the reference. On a CPU up to eight go through
+``cpu_sketch.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gnomon.kernels import cpu_sketch
 from gnomon.kernels.fewbit import check_bits, levels, row_bytes
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
 from gnomon.kernels.sketch_gemv import launch_scores
@@ -160,9 +162,33 @@ def _sketch_scores_cuda(
     return run(x, inner, inner_scale, inner_bits, activation, offset, *up, inner_bias, linear_bias)
 
 
+def _sketch_scores_cpu(
+    x: Tensor,
+    inner: Tensor,
+    inner_scale: Tensor,
+    inner_bits: int,
+    activation: str,
+    offset: Tensor,
+    linear: Tensor | None = None,
+    linear_scale: Tensor | None = None,
+    linear_bits: int = 0,
+    inner_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+) -> Tensor:
+    first = (x, inner, inner_scale, inner_bits, activation, offset)
+    rest = (linear, linear_scale, linear_bits, inner_bias, linear_bias)
+    lib = cpu_sketch.serving(x)
+    if lib is None:
+        return sketch_scores_reference(*first, *rest)
+    _check(x, inner, inner_bits, activation, linear, linear_scale, linear_bits)
+    _check_vectors(inner.shape[0], inner_scale, offset, linear_scale, inner_bias, linear_bias)
+    return cpu_sketch.scores(lib, *first, *rest, TINY)
+
+
 sketch_scores = torch.library.custom_op(
     "gnomon::sketch_scores", sketch_scores_reference, mutates_args=()
 )
+sketch_scores.register_kernel("cpu", _sketch_scores_cpu)
 sketch_scores.register_kernel("cuda", _sketch_scores_cuda)
 
 
