@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from sketches import ACTIVATIONS, LIMIT, arguments, error
 
 from gathered import poison
 from gnomon.kernels import cpu_library, cpu_sketch
 from gnomon.kernels.cpu_gather import MOST_ROWS
 from gnomon.kernels.fewbit import PLANES, levels, pack, padded
 from gnomon.kernels.sketch_scores import sketch_scores, sketch_scores_reference
+from sketches import ACTIVATIONS, LIMIT, arguments, error
 from tolerances import relative_rms
 
 CPU = torch.device("cpu")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sketches import ACTIVATIONS, LIMIT, arguments, error, magnitude
 from torch import Tensor
 
 from gathered import poison
@@ -19,6 +22,7 @@ from gnomon.kernels.sketch_scores import (
     sketch_scores_reference,
     sketch_scores_triton,
 )
+from sketches import ACTIVATIONS, LIMIT, arguments, error, magnitude
 from tolerances import relative_rms
 
 # rows of x, inputs, neurons
@@ -178,6 +182,19 @@ def test_refused(change: dict[str, Any], message: str, device: torch.device) -> 
     for op in (sketch_scores_reference, sketch_scores_triton, sketch_scores):
         with pytest.raises(ValueError, match=message):
             op(**given)
+
+
+def test_compiles_for_hopper_without_flushing_denormals(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    tests = Path(__file__).resolve().parent.parent
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "PYTHONSAFEPATH": "1"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", str(tests / "compile_sketch.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(counts) == 2, done.stderr
+    assert all(plain > 5 * flushing for plain, flushing in counts), counts
 
 
 @pytest.mark.gpu
