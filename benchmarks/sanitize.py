@@ -14,6 +14,7 @@ from torch import Tensor
 from gnomon.kernels.column_gather import column_gather_reference, column_gather_triton
 from gnomon.kernels.compact import compact_mask_reference, compact_mask_triton, slots_triton
 from gnomon.kernels.decode_attention import decode_attention_reference, decode_attention_triton
+from gnomon.kernels.fewbit import pack
 from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_triton
 from gnomon.kernels.norm_add import norm_add_reference, norm_add_triton
 from gnomon.kernels.row_gather import row_gather_reference, row_gather_triton
@@ -23,6 +24,7 @@ from gnomon.kernels.rowscaled_linear import (
     rowscaled_linear_reference,
 )
 from gnomon.kernels.select import select_topk
+from gnomon.kernels.sketch_scores import sketch_scores_reference, sketch_scores_triton
 from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
 
 DEVICE = torch.device("cuda")
@@ -121,6 +123,24 @@ def selections() -> None:
     check("slots", lambda: slots_triton(index, count, 700) >= 0, lambda: mask)
 
 
+def sketches(rows: int, width: int, bits: tuple[int, int]) -> None:
+    """Scores from few-bit copies, gated and, with no bits for the second, not."""
+    x, offset = randn(rows, width), randn(301, dtype=torch.float32)
+
+    def copy(b: int) -> tuple[Tensor | None, Tensor | None, int]:
+        if b == 0:
+            return None, None, 0
+        codes = torch.randint(0, 2**b, (301, width), device=DEVICE)
+        return pack(codes, b), torch.full((301,), width**-0.5, device=DEVICE), b
+
+    args = (x, *copy(bits[0]), "silu", offset, *copy(bits[1]), offset)
+    check(
+        f"sketch_scores {rows} {width} {bits}",
+        lambda: sketch_scores_triton(*args).exp(),
+        lambda: sketch_scores_reference(*args).exp(),
+    )
+
+
 def rest() -> None:
     """Norm, row-scaled and threshold products."""
     x, gain = randn(2, 200, dtype=torch.float32), randn(200, dtype=torch.float32)
@@ -154,6 +174,9 @@ def main() -> None:
             attention(group, capacity, torch.bfloat16)
     attention(2, 300, torch.float32)
     selections()
+    for rows in (1, 3, 5):
+        for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0))):
+            sketches(rows, width, bits)
     rest()
     torch.cuda.synchronize()
 

@@ -6,19 +6,9 @@
 #include "cpu_vector.h"
 
 enum { NONE, RMS, LAYER };                           /* norms */
-enum { IDENTITY, RELU, SILU, GELU_TANH, GELU };      /* activations */
 enum { AHEAD = 4 }; /* rows between the one that is summed and the one that is fetched */
 
 int64_t gnomon_has_fp16(void) { return HAS_FP16; }
-
-static float activated(float x, int64_t activation) {
-    if (activation == RELU) return x != x || x > 0 ? x : 0;
-    if (activation == SILU) return x / (1 + expf(-x));
-    if (activation == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
-    if (activation == GELU_TANH)
-        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    return x;
-}
 
 static void normalised(const float *x, float *y, int64_t n, int64_t norm, const float *gain,
                        const float *shift, float eps) {

@@ -23,7 +23,7 @@ from gnomon.kernels.row_gather import row_gather_reference
 MOST_ROWS = 8  # sequences; beyond that a matrix product reuses weights better
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _NORMS = {name: i for i, name in enumerate(NORMS)}
-_ACTIVATIONS = {name: i for i, name in enumerate(("none", *ACTIVATIONS))}
+ACTIVATION_CODES = {name: i for i, name in enumerate(("none", *ACTIVATIONS))}
 
 
 def row_gather(
@@ -160,7 +160,7 @@ def rows(
         address_fp32(shift, held),
         y.data_ptr(),
         *(batch, width, n, slots, block, _own(index), TYPES[weight.dtype]),
-        *(_NORMS[norm], _ACTIVATIONS[activation], whole, torch.get_num_threads(), eps),
+        *(_NORMS[norm], ACTIVATION_CODES[activation], whole, torch.get_num_threads(), eps),
     )
     return _in_range(y, wrong, n // block)
 

@@ -17,7 +17,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.c") for name in ("gather", "attention"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"cpu_{name}.c") for name in ("gather", "attention", "sketch")
+)
 HEADER = Path(__file__).with_name("cpu_vector.h")
 # OpenMP resolves to the libgomp that PyTorch has loaded, so that both share one pool of threads.
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
@@ -88,6 +90,8 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.gnomon_rows.argtypes = [pointer] * 12 + [number] * 11 + [ctypes.c_double]
     lib.gnomon_columns.argtypes = [pointer] * 8 + [number] * 9
     lib.gnomon_attention.argtypes = [pointer] * 15 + [number] * 13 + [ctypes.c_double] * 3
+    lib.gnomon_sketch.argtypes = [pointer] * 11 + [number] * 7 + [ctypes.c_double]
+    lib.gnomon_sketch.restype = None
     for function in (
         lib.gnomon_rows,
         lib.gnomon_columns,

@@ -6,6 +6,16 @@
 #include <string.h>
 
 enum { FP32, BF16, FP16, INT8 };                     /* weight types */
+enum { IDENTITY, RELU, SILU, GELU_TANH, GELU };      /* activations */
+
+static inline float activated(float x, int64_t activation) {
+    if (activation == RELU) return x != x || x > 0 ? x : 0;
+    if (activation == SILU) return x / (1 + expf(-x));
+    if (activation == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
+    if (activation == GELU_TANH)
+        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    return x;
+}
 
 typedef float f16v __attribute__((vector_size(64)));
 typedef float f16u __attribute__((vector_size(64), aligned(4)));

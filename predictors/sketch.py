@@ -183,13 +183,13 @@ class Sketch(Predictor):
             first.bits,
             self.activation,
             self.neurons_bias[layer],
-            self.floors[0, layer],
             None if second is None else second.codes[layer],
             None if second is None else second.scale[layer],
             0 if second is None else second.bits,
-            None if second is None else self.floors[1, layer],
             None if first.bias is None else first.bias[layer],
             None if second is None or second.bias is None else second.bias[layer],
+            self.floors[0, layer],
+            None if second is None else self.floors[1, layer],
         )
         return found.view(*code.shape[:-1], self.F)
 

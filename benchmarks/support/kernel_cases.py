@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gnomon.kernels.column_gather import column_gather, column_gather_reference
 from gnomon.kernels.decode_attention import decode_attention, decode_attention_reference
+from gnomon.kernels.fewbit import row_bytes
 from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_reference, gathered_ffn
 from gnomon.kernels.rowscaled_linear import (
     quantize_rows,
@@ -23,6 +24,7 @@ from gnomon.kernels.rowscaled_linear import (
     rowscaled_linear_reference,
 )
 from gnomon.kernels.select import select_topk, select_topk_reference
+from gnomon.kernels.sketch_scores import sketch_scores, sketch_scores_reference
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Case:
     Attributes:
         run, reference, dense: calls.
         nbytes, nbytes_dense: bytes that the operator and the dense side have to read.
+        compared: what of the results is compared.
     """
 
     run: Callable[[], Tensor]
@@ -64,6 +67,7 @@ class Case:
     dense: Callable[[], Tensor]
     nbytes: float
     nbytes_dense: float
+    compared: Callable[[Tensor], Tensor] = torch.Tensor.detach
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Make:
 
     Args:
         sizes: of the host.
-        cfg: batch, context, rank, int8.
+        cfg: batch, context, rank, bits, int8.
         dtype: of weights and inputs.
         device: where.
     """
@@ -246,6 +250,30 @@ def _rowscaled_linear(m: Make, kept: float) -> Case:
     )
 
 
+def _sketch_scores(m: Make, kept: float) -> Case:
+    """Scores of a layer's neurons from few-bit copies, where a dense model has its gate and up."""
+    s = m.sizes
+    x, offset = m.inputs(s.D), torch.randn(s.F, device=m.device)
+
+    def copy(bits: int) -> tuple[Tensor, Tensor, int]:
+        shape = (s.F, row_bytes(s.D, bits))
+        packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=m.device)
+        return packed, torch.full((s.F,), s.D**-0.5, device=m.device), bits
+
+    inner = copy(m.cfg.bits[0])
+    linear = copy(m.cfg.bits[1]) if s.gated else (None, None, 0)
+    up, gate = m.randn(s.F, s.D), m.randn(s.F, s.D) if s.gated else None
+    args = (x, *inner, "silu" if s.gated else "relu", offset, *linear)
+    return Case(
+        lambda: sketch_scores(*args),
+        lambda: sketch_scores_reference(*args),
+        lambda: _dense_up(x, up, gate),
+        _nbytes(*inner[:2], *linear[:2], offset),
+        _nbytes(up, gate),
+        torch.exp,  # the logarithm of a neuron that is nearly zero is all rounding
+    )
+
+
 def _threshold_gemv(m: Make, kept: float) -> Case:
     """Input channels above a threshold (TEAL), of the down projection's shape."""
     from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
@@ -280,6 +308,7 @@ def _nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+UNSKIPPED = ("rowscaled_linear", "sketch_scores")  # operators that read everything
 OPS: dict[str, Callable[[Make, float], Case]] = {
     "row_gather": _row_gather,
     "ffn_up": _ffn_up,
@@ -288,5 +317,6 @@ OPS: dict[str, Callable[[Make, float], Case]] = {
     "decode_attention": _decode_attention,
     "select_topk": _select_topk,
     "rowscaled_linear": _rowscaled_linear,
+    "sketch_scores": _sketch_scores,
     "threshold_gemv": _threshold_gemv,
 }
