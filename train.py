@@ -66,14 +66,14 @@ def main(cfg: DictConfig) -> None:
     criterion = instantiate(cfg.criterion)
     if cfg.init is not None:
         start_from(predictor, cfg.init, spec)
-    elif isinstance(predictor, Sketch):
-        text = instantiate(cfg.text)
-        sketch(predictor, model, tokenizer, spec, text, batch=cfg.harvest.batch)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     checkpoints = training.checkpoint_folder(Path(cfg.paths.checkpoints), spec, predictor, config)
     trainer = make_trainer(cfg, checkpoints, objective)
     how = Settings(**config["student"]) if objective.on_policy else None
     training.resume_from(trainer, cfg.ckpt_path)  # complains now, not after the harvest
+    if isinstance(predictor, Sketch) and cfg.init is None and cfg.harvest.mode != "only":
+        text = instantiate(cfg.text)
+        sketch(predictor, model, tokenizer, spec, text, batch=cfg.harvest.batch)
 
     module = make_module(
         None if how is None else how.student(model, spec, predictor, density),
@@ -113,7 +113,9 @@ def main(cfg: DictConfig) -> None:
     if training.is_trial(trainer):
         print("fast_dev_run: nothing is saved")
         return
-    info = training.describe_training(spec, objective.label, cfg.seed, data.info, metrics)
+    metrics |= {k: v for k, v in predictor.info.metrics.items() if k == "rounding"}
+    label = objective.label if trainer.global_step else "none"
+    info = training.describe_training(spec, label, cfg.seed, data.info, metrics)
     folder = new_folder(cfg, spec, predictor)
     training.save(predictor, folder, info)
     tracking.log_training(trainer.loggers, data, folder, info)

@@ -18,7 +18,8 @@ from gnomon.policies.base import Refresh
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.folder import load_predictor
 from gnomon.predictors.module import PredictorModule
-from gnomon.predictors.objectives import Objective
+from gnomon.predictors.objectives import Kl, Objective
+from gnomon.predictors.sketch import Sketch
 from gnomon.predictors.student_module import StudentModule
 from gnomon.runtime.student import Student
 
@@ -75,7 +76,16 @@ def make_module(
     density: Mapping[UnitKind, float],
     warm: bool,
 ) -> PredictorModule:
-    """The module that fits a predictor: on rows, or on the sparse host where there is a student."""
+    """The module that fits a predictor: on rows, or on the sparse host where there is a student.
+
+    Raises:
+        ValueError: a sketch to be tuned by another objective than ``kl``.
+    """
+    if isinstance(predictor, Sketch) and predictor.tune and not isinstance(objective, Kl):
+        raise ValueError(
+            f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "
+            "into something else: use objective=kl, or predictor.tune=false (heads alone)"
+        )
     if student is None:
         return PredictorModule(predictor, objective, optimizer, scheduler, density, warm)
     return StudentModule(student, objective, criterion, optimizer, scheduler, density, warm)
@@ -102,6 +112,7 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
             f"configured: use predictor={found.name}, or another folder"
         )
     found.check_host(spec)
+    predictor.follow(found)
     wanted, have = predictor.params, found.params
     differ = [key for key in wanted if wanted[key] != have.get(key)]
     if differ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ def sketch(
     *,
     batch: int = 4,
 ) -> None:
-    """Copies the FFNs of a host into a sketch.
+    """Copies the FFNs of a host into a sketch; its record says from which text.
 
     Args:
         into: an empty sketch of this host.
@@ -43,15 +44,27 @@ def sketch(
     for layer, moments in enumerate(ffn_moments(model, spec, blocks.ids, batch)):
         projections, biases, norms = weights[layer]
         into.adopt(layer, projections, biases, norms, moments)
+    facts = {"text": text.name, "text_digest": blocks.digest, "tokens": blocks.ids.numel()}
+    into.info = replace(into.info, metrics=into.info.metrics | {"rounding": facts})
 
 
-def ffn_moments(model: nn.Module, spec: HostSpec, ids: Tensor, batch: int) -> Tensor:
-    """Mean of x xᵀ over tokens of each FFN's input x: ids (n, block) -> (L, D, D) fp64."""
+def ffn_moments(model: nn.Module, spec: HostSpec, ids: Tensor, batch: int) -> list[Tensor]:
+    """Mean of x xᵀ over tokens of each FFN's input x, on that layer's device.
+
+    Args:
+        ids: (n, block).
+        batch: blocks in one forward.
+
+    Returns:
+        (D, D) fp64 of every layer.
+    """
     device = next(model.parameters()).device
-    sums = torch.zeros(spec.L, spec.D, spec.D, dtype=torch.float64, device=device)
+    sums: dict[int, Tensor] = {}
 
     def add(layer: int, x: Tensor) -> None:
         rows = x.flatten(0, -2).double()
+        if layer not in sums:
+            sums[layer] = rows.new_zeros(spec.D, spec.D)
         sums[layer].addmm_(rows.T, rows)
 
     with torch.no_grad(), HostHooks(model, spec) as hooks:
@@ -59,7 +72,7 @@ def ffn_moments(model: nn.Module, spec: HostSpec, ids: Tensor, batch: int) -> Te
             hooks.on_tap(Tap(layer, "ffn_input"), partial(add, layer))
         for part in ids.split(batch):
             model(input_ids=part.to(device), use_cache=False)
-    return sums / ids.numel()
+    return [sums[layer] / ids.numel() for layer in range(spec.L)]
 
 
 def ffn_weights(

@@ -19,10 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gnomon.kernels import cpu_sketch
+from gnomon.kernels import cpu_sketch, sketch_gemv
 from gnomon.kernels.fewbit import check_bits, levels, row_bytes
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
-from gnomon.kernels.sketch_gemv import launch_scores
 
 GEMV_ROWS = 32  # rows of x up to which the kernel is launched
 TINY = 1e-18  # of a square: keeps the log of zero finite, below the score of any live neuron
@@ -107,7 +106,9 @@ def sketch_scores_triton(
     _check_vectors(inner.shape[0], own, (linear_scale, linear_bias, linear_floor))
     up = (linear, linear_scale, linear_bits)
     more = (inner_bias, linear_bias, inner_floor, linear_floor)
-    return launch_scores(x, inner, inner_scale, inner_bits, activation, offset, *up, *more, TINY)
+    return sketch_gemv.launch_scores(
+        x, inner, inner_scale, inner_bits, activation, offset, *up, *more, TINY
+    )
 
 
 def _check(
@@ -203,7 +204,8 @@ sketch_scores = torch.library.custom_op(
     "gnomon::sketch_scores", sketch_scores_reference, mutates_args=()
 )
 sketch_scores.register_kernel("cpu", _sketch_scores_cpu)
-sketch_scores.register_kernel("cuda", _sketch_scores_cuda)
+if sketch_gemv.triton is not None:
+    sketch_scores.register_kernel("cuda", _sketch_scores_cuda)
 
 
 @sketch_scores.register_fake

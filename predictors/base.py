@@ -57,6 +57,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     """
 
     name: ClassVar[str]
+    contents: ClassVar[str] = "It holds no weights of the host."  # for the model card
     learned_means: ClassVar[bool] = False  # its means are scores that it learned, not harvested
     registry: ClassVar[dict[str, type[Predictor]]] = {}
     outputs: StackByKind
@@ -151,6 +152,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         return all(m.quantized for m in self.modules() if isinstance(m, Stack))
 
     @property
+    def stored(self) -> str:
+        """How the weights are stored once quantised, for the record."""
+        return "row-scaled int8"
+
+    @property
     def nbytes(self) -> int:
         """Bytes read when every unit is scored once: weights as they are now, scales and biases."""
         return sum(m.nbytes for m in self.modules() if isinstance(m, Stack))
@@ -195,6 +201,15 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             if isinstance(m, Stack):
                 m.dequantize()
         return self
+
+    def freeze(self, kind: UnitKind) -> None:
+        """Takes the gradient from what scores a kind alone: networks that bear its name."""
+        for path, part in self.named_modules():
+            if isinstance(part, Stack) and path.rpartition(".")[2] == kind:
+                part.requires_grad_(False)
+
+    def follow(self, found: Predictor) -> None:
+        """Before training goes on from another: takes on what was read off the host."""
 
     def check_host(self, spec: HostSpec) -> None:
         """Refuses another host than the one trained for.

@@ -20,8 +20,7 @@ tags:
 # {name} predictor for {host}
 
 Scores every attention head and FFN neuron of `{host}` ({L} layers, {H} heads, {F} neurons) from
-{taps}, so that Gnomon runs the host without the units that score low. It holds no weights of the
-host.
+{taps}, so that Gnomon runs the host without the units that score low. {contents}
 
 ```python
 import gnomon
@@ -40,7 +39,7 @@ with gnomon.sparsify(model, policy):
 | criterion, granularity, objective | {criterion}, {granularity}, {objective} |
 | traces | {trace_hash} |
 | seed | {seed} |
-| size | {nbytes:,} bytes (row-scaled int8) |
+| size | {nbytes:,} bytes ({stored}) |
 
 ## Held-out metrics
 {metrics}
@@ -69,6 +68,8 @@ def model_card(predictor: Predictor) -> str:
         trace_hash=info.trace_hash or "none: trained online",
         seed=info.seed,
         nbytes=predictor.nbytes,
+        contents=predictor.contents,
+        stored=predictor.stored,
         metrics=_metrics(predictor),
     )
 

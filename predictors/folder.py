@@ -242,7 +242,7 @@ def _config_text(predictor: Predictor) -> str:
         "format": FORMAT,
         "class": predictor.name,
         "params": predictor.params,
-        "weights": "int8",
+        "weights": predictor.stored,
         "host": host,
         "text": text,
         **info,

@@ -56,11 +56,7 @@ def round_rows(weight: Tensor, moments: Tensor, bits: int) -> tuple[Tensor, Tens
     Raises:
         ValueError: moments that are not finite.
     """
-    with _few_threads(weight.device):
-        return _rounded(weight.detach().float(), _damped(moments), bits)
-
-
-def _rounded(weight: Tensor, h: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    weight, h = weight.detach().float(), _damped(moments)
     factor = torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
     h = h.float()
     scale = _least_error(weight, bits)
@@ -118,14 +114,15 @@ def _least_error(weight: Tensor, bits: int) -> Tensor:
 def _sweep(weight: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Columns one after another, each with what those before it lost in rounding."""
     left = weight.T.contiguous()  # (K, N): a column lies in one piece
-    for first in range(0, len(left), BLOCK):
-        stop = min(first + BLOCK, len(left))
-        block, lost = left[first:stop], torch.empty_like(left[first:stop])
-        own = factor[first:stop, first:stop]
-        for j, column in enumerate(block):
-            lost[j] = (column - nearest(column / scale, bits) * scale) / own[j, j]
-            block[j + 1 :].addr_(own[j, j + 1 :], lost[j], alpha=-1)
-        left[stop:].addmm_(factor[first:stop, stop:].T, lost, alpha=-1)
+    with _few_threads(weight.device):
+        for first in range(0, len(left), BLOCK):
+            stop = min(first + BLOCK, len(left))
+            block, lost = left[first:stop], torch.empty_like(left[first:stop])
+            own = factor[first:stop, first:stop]
+            for j, column in enumerate(block):
+                lost[j] = (column - nearest(column / scale, bits) * scale) / own[j, j]
+                block[j + 1 :].addr_(own[j, j + 1 :], lost[j], alpha=-1)
+            left[stop:].addmm_(factor[first:stop, stop:].T, lost, alpha=-1)
     return left.T.contiguous()
 
 

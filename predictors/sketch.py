@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gnomon.activation import kernel_name
 from gnomon.host import HostSpec, Site, Tap, UnitKind
+from gnomon.kernels.fewbit import PLANES
 from gnomon.kernels.gather_common import activate
 from gnomon.kernels.sketch_scores import half_log, sketch_scores
 from gnomon.predictors.base import Predictor, decidable_from
@@ -57,6 +58,10 @@ class Sketch(Predictor):
     """
 
     name = "sketch"
+    contents = (
+        "It holds few-bit copies of the\nhost's gate and up projections, to which the host's "
+        "licence applies."
+    )
     floors: Tensor
 
     def __init__(
@@ -80,20 +85,23 @@ class Sketch(Predictor):
                 f"predictor.heads_site={heads_site!r} exists only after the heads of its layer "
                 "have run; use layer_input or attn_input"
             )
-        if rank < 1:
-            raise ValueError(f"predictor.rank={rank}: use 1 or more")
+        own_bits = {"bits": bits} | ({} if up_bits is None else {"up_bits": up_bits})
+        for key, value in own_bits.items():
+            if value not in PLANES:
+                raise ValueError(f"predictor.{key}={value}: use {', '.join(map(str, PLANES))}")
+        for key, value in {"rank": rank, "tokens": tokens}.items():
+            if value < 1:
+                raise ValueError(f"predictor.{key}={value}: use 1 or more")
         taps = {Tap(i, site) for i in range(L) for site in (heads_site, "ffn_input")}
         super().__init__(L, H, F, width, tuple(sorted(taps)))
         self.activation, self.gated, self.bias, self.tune = activation, gated, bias, tune
-        self.bits, self.up_bits = bits, up_bits if gated and up_bits else bits
+        self.bits, self.up_bits = bits, bits if up_bits is None or not gated else up_bits
         self.rank, self.heads_site, self.tokens = rank, heads_site, tokens
         self.gate = FewBitStack(L, F, width, bits, bias=bias) if gated else None
         self.up = FewBitStack(L, F, width, self.up_bits, bias=bias)
         self.neurons_bias = nn.Parameter(torch.zeros(L, F))
         self.register_buffer("floors", torch.zeros(2 if gated else 1, L, F))
-        for part in self.copies:
-            part.requires_grad_(tune)
-        self.neurons_bias.requires_grad_(tune)
+        self._train_copies(tune)
         self.inner = StackByKind({"heads": LinearStack(L, rank, width, bias=False)})
         self.outputs = StackByKind({"heads": LinearStack(L, H, rank, gain=0.0)})
         self._places = {site: self._taps_at(site) for site in (heads_site, "ffn_input")}
@@ -146,10 +154,8 @@ class Sketch(Predictor):
             norms: ‖w_down‖ of every neuron, (F,).
             moments: (D, D) mean of x xᵀ over calibration tokens.
         """
-        if biases and not self.bias:
-            self.bias = True
-            for copy in self.copies:
-                copy.add_bias(self.tune)
+        if biases:
+            self._add_biases()
         roles = ("gate", "up") if self.gated else ("up",)
         for i, (role, copy) in enumerate(zip(roles, self.copies, strict=True)):
             weight = weights[role].to(moments.device).float()
@@ -158,6 +164,17 @@ class Sketch(Predictor):
             error = output_error(weight, levels_of(latent, scale, copy.bits), moments)
             self.floors[i, layer].copy_(error * (PASSED_ON if i == 0 else 1.0))
         self.neurons_bias[layer].copy_(norms.float().clamp_min(1e-9).log())
+
+    def follow(self, found: Predictor) -> None:
+        """Biases, where the host has them."""
+        if isinstance(found, Sketch) and found.bias:
+            self._add_biases()
+
+    def freeze(self, kind: UnitKind) -> None:
+        """Heads' networks, or the copies."""
+        super().freeze(kind)
+        if kind == "neurons":
+            self._train_copies(False)
 
     def decided_from(self, kind: UnitKind, layer: int) -> Tap | None:
         """Neurons from their own FFN's input, heads from their layer's."""
@@ -194,18 +211,23 @@ class Sketch(Predictor):
         return found.view(*code.shape[:-1], self.F)
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
-        """inputs (R, n_taps, D) -> kind -> (R, L, N); batched GEMMs."""
+        """inputs (R, n_taps, D) -> kind -> (R, L, N); rows train the heads' networks alone."""
         rows = inputs.transpose(0, 1)
         heads = rms_normalise(rows[self._places[self.heads_site]])
         inner = self.inner["heads"].grouped(heads).relu()
-        x = rows[self._places["ffn_input"]].float()
-        parts = [copy.grouped(x) for copy in self.copies]
+        with torch.no_grad():
+            x = rows[self._places["ffn_input"]].float()
+            neurons = torch.stack([self.score("neurons", i, x[i]) for i in range(self.L)], dim=1)
         return {
             "heads": self.outputs["heads"].grouped(inner).transpose(0, 1),
-            "neurons": self._combined(
-                parts, self.floors[:, :, None], self.neurons_bias[:, None]
-            ).transpose(0, 1),
+            "neurons": neurons,
         }
+
+    @property
+    def stored(self) -> str:
+        """Bits of the copies; the rest is int8."""
+        bits = dict.fromkeys(copy.bits for copy in self.copies)
+        return f"{' and '.join(map(str, bits))}-bit copies, row-scaled int8"
 
     def bytes_for(self, kinds: Any) -> int:
         """Bytes read when only these kinds are scored."""
@@ -230,6 +252,23 @@ class Sketch(Predictor):
         """Rounds everything as it is used at inference, in place; training ends here."""
         self.neurons_bias.requires_grad_(False)
         return super().quantize()
+
+    def dequantize(self) -> Self:
+        """Turns the weights back into parameters: copies to train where ``tune`` says so."""
+        super().dequantize()
+        self._train_copies(self.tune)
+        return self
+
+    def _train_copies(self, train: bool) -> None:
+        for part in self.copies:
+            part.requires_grad_(train)
+        self.neurons_bias.requires_grad_(train)
+
+    def _add_biases(self) -> None:
+        if not self.bias:
+            self.bias = True
+            for copy in self.copies:
+                copy.add_bias(self.tune)
 
     def _combined(self, parts: list[Tensor], floors: Tensor, bias: Tensor) -> Tensor:
         score = half_log(activate(parts[0], self.activation), floors[0]) + bias

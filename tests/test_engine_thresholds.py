@@ -295,3 +295,28 @@ def test_wrapped_gates_are_seen_and_wrapped_channels_refused() -> None:
                 assert_same(agree(engine, model, wrapped, ids_of(rows), 8))
     with pytest.raises(UnsupportedPolicyError, match="skips input channels by a rule of its own"):
         Engine(model, policies.DenseFallback(policies.Teal(made, HALF)), context=64)
+
+
+class Upside(policies.Cats):
+    """Keeps small gates: its scores are no longer what CATS' cut was made for."""
+
+    def scores(self, kind: Any, layer: int, seen: Any) -> Tensor:
+        return -super().scores(kind, layer, seen)
+
+
+class Uneven(policies.Teal):
+    """A density of its own for k, which one launch reads together with q and v."""
+
+    def channel_density(self, role: Any, budget: Budget) -> float:
+        return 0.3 if role == "k" else super().channel_density(role, budget)
+
+
+def test_a_policy_derived_from_a_threshold_is_not_taken_for_it() -> None:
+    """It runs as it decides, or is refused; never as its base."""
+    model, _ = tiny_host("llama")
+    made = Upside(calibration(model), Budget(neurons=0.5))
+    with Engine(model, made, batch=1, context=64) as engine:
+        assert isinstance(engine.decider, PerToken)
+        assert_same(agree(engine, model, made, ids_of(), 8))
+    with pytest.raises(UnsupportedPolicyError, match="skips input channels"):
+        Engine(model, Uneven(calibration(model), HALF), batch=1, context=64)

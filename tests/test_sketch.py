@@ -18,7 +18,9 @@ from cases import predictor
 from gnomon import train
 from gnomon.activation import activation
 from gnomon.budget import Budget
+from gnomon.data.criteria import Magnitude
 from gnomon.data.sources import SyntheticText
+from gnomon.endtoend import make_module, start_from
 from gnomon.hooks import HostHooks
 from gnomon.host import Tap, describe
 from gnomon.policies import Oracle, Random, Sketch, Static
@@ -27,6 +29,7 @@ from gnomon.predictors.fewbit import FewBitStack
 from gnomon.predictors.objectives import Bce, Kl
 from gnomon.predictors.rounding import levels_of, nearest, round_rows
 from gnomon.predictors.sketch import Sketch as SketchPredictor
+from gnomon.runtime.student import Student
 from gnomon.sketching import ffn_moments, ffn_weights, sketch
 from gnomon.tiny import tiny_host
 
@@ -161,7 +164,13 @@ def test_a_sketch_of_an_ffn_with_biases_has_them() -> None:
 
 @pytest.mark.parametrize(
     ("params", "match"),
-    [({"bits": 5}, "bits=5"), ({"rank": 0}, "rank=0"), ({"heads_site": "ffn_input"}, "heads_site")],
+    [
+        ({"bits": 5}, "predictor.bits=5"),
+        ({"up_bits": 0}, "predictor.up_bits=0"),
+        ({"rank": 0}, "predictor.rank=0"),
+        ({"tokens": 0}, "predictor.tokens=0"),
+        ({"heads_site": "ffn_input"}, "predictor.heads_site"),
+    ],
 )
 def test_refused_settings(params: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -178,6 +187,9 @@ def test_it_needs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert isinstance(made, SketchPredictor) and made.quantized
     config = json.loads((folder / "config.json").read_text())
     assert config["metrics"]["neurons"]["recall"] > config["metrics"]["neurons"]["static"]["recall"]
+    assert config["objective"] == "none" and config["metrics"]["rounding"]["tokens"] >= 2048
+    assert config["weights"] == "2-bit copies, row-scaled int8"
+    assert "copies of the\nhost" in (folder / "README.md").read_text()
     assert config["metrics"]["heads"]["recall"] == config["metrics"]["heads"]["static"]["recall"]
 
 
@@ -205,3 +217,41 @@ def test_row_objectives_train_the_heads_alone() -> None:
     assert torch.equal(before.up.codes, net.up.codes)
     assert torch.equal(before.neurons_bias, net.neurons_bias)
     assert metrics["heads"]["recall"] > metrics["heads"]["static"]["recall"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_training_goes_on_from_a_folder(family: str, tmp_path: Path) -> None:
+    """Biases are read off the host, not configured: they come with the folder."""
+    model, _ = tiny_host(family)
+    spec = describe(model)
+    made = predictor(model, "sketch", bits=3)
+    made.save_pretrained(tmp_path)
+    net = SketchPredictor.for_host(spec, bits=3, rank=8, tune=True)
+    start_from(net, str(tmp_path), spec)
+    assert net.bias == (family == "opt") and not net.quantized
+    assert all(p.requires_grad for copy in net.copies for p in copy.parameters())
+    net.quantize()
+    x = torch.randn(4, spec.D)
+    expected = made.quantize().score("neurons", 1, x)
+    torch.testing.assert_close(net.score("neurons", 1, x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_would_train_nothing_or_harm_is_refused() -> None:
+    model, _ = tiny_host()
+    net, spec = predictor(model, "sketch"), describe(model)
+    with pytest.raises(ValueError, match=r"predictor\.tune=true under|tune=true, its heads"):
+        Student(model, spec, net, Budget(neurons=0.5))
+    tuned = SketchPredictor.for_host(spec, tune=True)
+    density = {"heads": 0.5, "neurons": 0.5}
+    with pytest.raises(ValueError, match="predictor.tune=true with objective=bce"):
+        make_module(None, tuned, Bce(), Magnitude(), torch.optim.AdamW, None, density, False)
+    with pytest.raises(ValueError, match="this sketch is empty"):
+        Sketch(SketchPredictor.for_host(spec).quantize(), Budget(neurons=0.5)).bind(model)
+
+
+def test_neurons_that_are_kept_whole_train_no_copies() -> None:
+    model, _ = tiny_host()
+    net = predictor(model, "sketch", tune=True)
+    Student(model, describe(model), net, Budget(heads=0.5))
+    trained = {name.partition(".")[0] for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {"inner", "outputs"}

@@ -74,7 +74,9 @@ class Bench:
             made = made.to_empty(device=self.model.device)
             for name, tensor in (*made.named_buffers(), *made.named_parameters()):
                 whole = not tensor.is_floating_point()
-                tensor.random_(0, 127) if whole else tensor.fill_(0.01 * name.endswith("scale"))
+                tensor.random_(0, 127) if whole else tensor.fill_(
+                    0.01 * (name.endswith("scale") or name == "neurons_bias")
+                )
             self._made["sketch"] = made.eval()
         return self._made["sketch"]
 

@@ -234,7 +234,7 @@ class Engine:
     def close(self) -> None:
         """Gives buffers back and the host its own layout; again does nothing."""
         self._steps.clear()
-        self._cache, self._inputs = None, {}
+        self._cache, self._inputs, self._latest = None, {}, {}
         if self._owner:
             self._owner = False
             restore(self.model, self.spec)

@@ -6,6 +6,7 @@ launch behind the gate's, and of input channels in the very launch that reads th
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gnomon.accounting import Role
@@ -46,7 +47,11 @@ class Passing(StepDecider):
         if own != (Policy.decide, Threshold.select, Threshold.keep_channels):
             return False
         decided = [i for i in range(policy.spec.L) if not policy.keeps_all("neurons", i)]
-        return all(policy.gate_cut(i) is not None for i in decided)
+        if any(policy.gate_cut(i) is None for i in decided):
+            return False
+        if decided and _definer(cls, "scores") is not _definer(cls, "gate_cut"):
+            return False  # its scores are no longer those that the cut was made for
+        return not {"q", "k", "v"} <= policy.thresholded or _shared(policy)
 
     def begin(self, position: Tensor, live: Tensor) -> None:
         """Forgets the step before."""
@@ -71,3 +76,15 @@ class Passing(StepDecider):
         cut = self.cuts[role, layer]
         self.inputs[role, layer] = Channels(x, cut)
         return cut
+
+
+def _definer(cls: type, name: str) -> type:
+    """The class that defines what ``cls`` has under a name."""
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
+def _shared(policy: Threshold) -> bool:
+    """Whether q, k and v, which one launch reads, have one threshold; waits for the device."""
+    layers = range(policy.spec.L)
+    q, *others = ([policy.channel_cut(r, i) for i in layers] for r in ("q", "k", "v"))
+    return all(torch.equal(a, b) for cuts in others for a, b in zip(q, cuts, strict=True))

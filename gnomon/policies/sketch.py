@@ -5,7 +5,7 @@ The predictor and its relatives are described in :mod:`gnomon.predictors.sketch`
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gnomon.host import UnitKind
 from gnomon.policies.base import Seen
@@ -18,6 +18,16 @@ class Sketch(DejaVu):
 
     name = "sketch"
     accepts = SketchPredictor
+
+    def prepare(self, model: nn.Module) -> None:
+        """Also refuses a sketch that was never filled."""
+        super().prepare(model)
+        assert isinstance(self.predictor, SketchPredictor)
+        if not bool(self.predictor.neurons_bias.any()):
+            raise ValueError(
+                "policy=sketch: this sketch is empty: make one with python train.py "
+                "predictor=sketch, or fill it with gnomon.sketching.sketch"
+            )
 
     def combine(self, kind: UnitKind, scores: Tensor, seen: Seen) -> Tensor:
         """Of a shared set the magnitudes are summed, not their logs."""

@@ -32,7 +32,6 @@ from gnomon.policies import POLICIES
 from gnomon.policies.base import Refresh, Seen
 from gnomon.policies.learned import Learned
 from gnomon.predictors.base import Predictor
-from gnomon.predictors.linear import Stack
 from gnomon.runtime.positions import Step, read_step
 
 # kind, layer, scores (B, T' or 1, N), unit tensor (B, T', …) before its mask, sparse (B, T')
@@ -122,7 +121,10 @@ class Student:
             for kind in KINDS
             if not self.policy.keeps_all(kind, layer)
         ]
-        _freeze_whole(predictor, budget)
+        for unit_kind in KINDS:
+            if budget.target(unit_kind) == 1:
+                predictor.freeze(unit_kind)
+        _require_trainable(predictor)
         self._run: _Run | None = None
 
     @property
@@ -258,9 +260,9 @@ def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) ->
         )
 
 
-def _freeze_whole(predictor: Predictor, budget: Budget) -> None:
-    """No gradient for the networks of a kind that is kept whole; they bear its name."""
-    whole = [kind for kind in KINDS if budget.target(kind) == 1]
-    for path, part in predictor.named_modules():
-        if isinstance(part, Stack) and path.rpartition(".")[2] in whole:
-            part.requires_grad_(False)
+def _require_trainable(predictor: Predictor) -> None:
+    if not any(p.requires_grad for p in predictor.parameters()):
+        raise ValueError(
+            f"nothing of this {predictor.name} predictor would be trained: a sketch trains its "
+            "copies under predictor.tune=true, its heads' networks under density.heads below 1"
+        )
