@@ -44,6 +44,7 @@ _SWEEP = OmegaConf.load(CONF / "experiment" / "compare.yaml").hydra.sweeper.para
 COMPARED = _SWEEP.policy.split(",")
 HIGHEST = max(_SWEEP["budget.bytes"].split(","))  # others are out of reach for some
 VARIANTS = sorted(f"variants/{p.stem}" for p in (CONF / "policy" / "variants").glob("*.yaml"))
+VARIANTS.remove("variants/pretrained")  # the embedded host's: test_shipped.py
 POLICY_FILES = sorted(p.stem for p in (CONF / "policy").glob("*.yaml"))
 WHOLE = ("dense", "dense_int8", "ffsplit", "variants/ffsplit_int4", "variants/ffsplit_lowrank")
 # Keys that evaluate.yaml adds to any text and reads itself.
