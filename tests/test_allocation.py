@@ -260,7 +260,8 @@ def test_what_is_missing_or_foreign_is_named() -> None:
 
 def test_every_policy_says_whether_it_offers_calibrated() -> None:
     offering = {name for name, cls in CLASSES.items() if "calibrated" in cls.spreads}
-    assert offering == {"oracle", "random", "static", "shadow", "dejavu", "griffin", "glass"}
+    learned = {"shadow", "dejavu", "sketch"}
+    assert offering == {"oracle", "random", "static", "griffin", "glass"} | learned
 
 
 def test_a_folder_keeps_them_and_older_ones_still_load(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ def assert_same(found: dict[str, Any], tolerance: float = EXACT) -> None:
     assert found["logits_rms"] < tolerance, found
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6])
-@pytest.mark.parametrize("density", [0.15, 0.5, 0.85])
+@pytest.mark.parametrize(("density", "rows"), [(0.15, 1), (0.5, 6), (0.85, 3)])
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_every_density_agrees_with_the_mask(name: str, density: float, rows: int) -> None:
     model, _ = tiny_host("llama")
