@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gnomon.kernels.cpu_gather import ACTIVATION_CODES, MOST_ROWS, address, address_fp32
 from gnomon.kernels.cpu_library import library
+from gnomon.kernels.fewbit import Copy
 
 
 def serving(x: Tensor) -> CDLL | None:
@@ -23,32 +24,27 @@ def serving(x: Tensor) -> CDLL | None:
 def scores(
     lib: CDLL,
     x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
     activation: str,
     offset: Tensor,
-    linear: Tensor | None,
-    linear_scale: Tensor | None,
-    linear_bits: int,
-    inner_bias: Tensor | None,
-    linear_bias: Tensor | None,
-    inner_floor: Tensor | None,
-    linear_floor: Tensor | None,
+    inner: Copy,
+    linear: Copy | None,
     tiny: float,
 ) -> Tensor:
-    """(M, F) fp32 of checked arguments, those of the reference."""
-    (m, width), n = x.shape, inner.shape[0]
+    """(M, F) fp32 of checked arguments."""
+    (m, width), n = x.shape, inner.packed.shape[0]
     y = torch.empty(m, n)
     held: list[Tensor] = []  # conversions live until the kernel has run
-    factors = (inner_scale, linear_scale, inner_bias, linear_bias, inner_floor, linear_floor)
+
+    def both(field: str) -> tuple[Tensor | None, Tensor | None]:
+        return getattr(inner, field), None if linear is None else getattr(linear, field)
+
+    vectors = (*both("scale"), *both("bias"), *both("floor"), offset)
     lib.gnomon_sketch(
         address_fp32(x, held),
-        address(inner, held),
-        address(linear, held),
-        *(address_fp32(vector, held) for vector in (*factors, offset)),
+        *(address(packed, held) for packed in both("packed")),
+        *(address_fp32(vector, held) for vector in vectors),
         y.data_ptr(),
-        *(m, width, n, inner_bits, linear_bits, ACTIVATION_CODES[activation]),
-        *(torch.get_num_threads(), tiny),
+        *(m, width, n, inner.bits, 0 if linear is None else linear.bits),
+        *(ACTIVATION_CODES[activation], torch.get_num_threads(), tiny),
     )
     return y

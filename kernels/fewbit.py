@@ -11,11 +11,31 @@ consecutive columns, and a kernel reads both the bytes and x as they lie.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
 """Bits of a code -> bits of its planes, the lowest first."""
+
+
+class Copy(NamedTuple):
+    """A few-bit projection as the operators take it.
+
+    Attributes:
+        packed: (F, row_bytes) uint8.
+        scale: (F,).
+        bits: of a code.
+        bias: (F,) or None.
+        floor: (F,) mean square by which what it gives errs, or None for 0.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bits: int
+    bias: Tensor | None
+    floor: Tensor | None
 
 
 def padded(width: int) -> int:

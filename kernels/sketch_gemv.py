@@ -233,41 +233,26 @@ if triton is not None:
 
 def launch_scores(
     x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
     activation: str,
     offset: Tensor,
-    linear: Tensor | None,
-    linear_scale: Tensor | None,
-    linear_bits: int,
-    inner_bias: Tensor | None,
-    linear_bias: Tensor | None,
-    inner_floor: Tensor | None,
-    linear_floor: Tensor | None,
+    inner: fewbit.Copy,
+    linear: fewbit.Copy | None,
     tiny: float,
 ) -> Tensor:
     """Scores (M, F) fp32 of any number of rows of x; checked arguments."""
-    (m, width), n = x.shape, inner.shape[0]
+    (m, width), n = x.shape, inner.packed.shape[0]
     y = torch.empty((m, n), dtype=torch.float32, device=x.device)
     if y.numel() == 0:
         return y
     together = min(4, power_of_two(m))
-    if linear is None:
-        linear_bits = 0
-    matrices = [planes(width, bits) for bits in (inner_bits, linear_bits) if bits]
+    up = fewbit.Copy(None, None, 0, None, None) if linear is None else linear  # type: ignore[arg-type]
+    matrices = [planes(width, copy.bits) for copy in (inner, up) if copy.bits]
     block_n, warps = _shape(n, matrices, together, x.device)
+    pairs = [(getattr(inner, f), getattr(up, f)) for f in ("packed", "scale", "bias", "floor")]
     # Groups of rows are the fastest axis of the grid: they find their weights in the L2 cache.
     _sketch_kernel[(-(-m // together), -(-n // block_n))](
         x.contiguous(),
-        inner.contiguous(),
-        None if linear is None else linear.contiguous(),
-        inner_scale.contiguous(),
-        None if linear_scale is None else linear_scale.contiguous(),
-        None if inner_bias is None else inner_bias.contiguous(),
-        None if linear_bias is None else linear_bias.contiguous(),
-        None if inner_floor is None else inner_floor.contiguous(),
-        None if linear_floor is None else linear_floor.contiguous(),
+        *(None if t is None else t.contiguous() for pair in pairs for t in pair),
         offset.contiguous(),
         y,
         m,
@@ -276,15 +261,15 @@ def launch_scores(
         D=width,
         INNER=matrices[0],
         LINEAR=matrices[-1],
-        INNER_BITS=inner_bits,
-        LINEAR_BITS=linear_bits,
-        INNER_BYTES=fewbit.row_bytes(width, inner_bits),
-        LINEAR_BYTES=fewbit.row_bytes(width, linear_bits),
+        INNER_BITS=inner.bits,
+        LINEAR_BITS=up.bits,
+        INNER_BYTES=fewbit.row_bytes(width, inner.bits),
+        LINEAR_BYTES=fewbit.row_bytes(width, up.bits),
         ACTIVATION=activation,
-        HAS_INNER_BIAS=inner_bias is not None,
-        HAS_LINEAR_BIAS=linear_bias is not None,
-        HAS_INNER_FLOOR=inner_floor is not None,
-        HAS_LINEAR_FLOOR=linear_floor is not None,
+        HAS_INNER_BIAS=inner.bias is not None,
+        HAS_LINEAR_BIAS=up.bias is not None,
+        HAS_INNER_FLOOR=inner.floor is not None,
+        HAS_LINEAR_FLOOR=up.floor is not None,
         ROWS=together,
         BLOCK_N=block_n,
         num_warps=warps,

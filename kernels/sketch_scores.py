@@ -16,62 +16,86 @@ over the copies. More rows are a GEMM and take the reference. On a CPU up to eig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gnomon.kernels import cpu_sketch, sketch_gemv
-from gnomon.kernels.fewbit import check_bits, levels, row_bytes
+from gnomon.kernels.fewbit import Copy, check_bits, levels, row_bytes
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
 
 GEMV_ROWS = 32  # rows of x up to which the kernel is launched
 TINY = 1e-18  # of a square: keeps the log of zero finite, below the score of any live neuron
 
 
-def sketch_scores_reference(
-    x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
-    activation: str,
-    offset: Tensor,
-    linear: Tensor | None = None,
-    linear_scale: Tensor | None = None,
-    linear_bits: int = 0,
-    inner_bias: Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    inner_floor: Tensor | None = None,
-    linear_floor: Tensor | None = None,
+def _operator(
+    run: Callable[[Tensor, str, Tensor, Copy, Copy | None], Tensor],
+) -> Callable[..., Tensor]:
+    """An implementation under the operator's signature, which is checked and grouped for it."""
+
+    def scores(
+        x: Tensor,
+        inner: Tensor,
+        inner_scale: Tensor,
+        inner_bits: int,
+        activation: str,
+        offset: Tensor,
+        linear: Tensor | None = None,
+        linear_scale: Tensor | None = None,
+        linear_bits: int = 0,
+        inner_bias: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        inner_floor: Tensor | None = None,
+        linear_floor: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of F neurons.
+
+        Args:
+            x: (M, D), the input of the FFN.
+            inner: packed copy of what is activated: the gate, or the up projection without one.
+            inner_scale: (F,) fp32.
+            inner_bits: 1 to 4.
+            activation: one of ``ACTIVATIONS``.
+            offset: (F,) fp32.
+            linear: packed copy of the up projection of a gated FFN; None without a gate.
+            linear_scale, linear_bits: its own.
+            inner_bias, linear_bias: (F,) fp32, the host's, or None.
+            inner_floor, linear_floor: (F,) fp32, or None for 0.
+
+        Returns:
+            (M, F) fp32, higher = keep.
+
+        Raises:
+            ValueError: bits, activation or shapes that do not fit.
+        """
+        check_choice("activation", activation, ACTIVATIONS)
+        first = Copy(inner, inner_scale, inner_bits, inner_bias, inner_floor)
+        second = None
+        if linear is not None and linear_scale is not None:
+            second = Copy(linear, linear_scale, linear_bits, linear_bias, linear_floor)
+        elif linear is not None or linear_scale is not None:
+            raise ValueError("linear and linear_scale belong together: give both or neither")
+        elif linear_bias is not None or linear_floor is not None:
+            field = "linear_bias" if linear_bias is not None else "linear_floor"
+            raise ValueError(f"{field} is given without linear: without a gate inner's are up's")
+        _check(x, offset, first, second)
+        return run(x, activation, offset, first, second)
+
+    return scores
+
+
+def _reference(
+    x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None
 ) -> Tensor:
-    """The specification.
+    score = half_log(activate(_product(x, inner), activation), inner.floor) + offset
+    return score if linear is None else score + half_log(_product(x, linear), linear.floor)
 
-    Args:
-        x: (M, D), the input of the FFN.
-        inner: packed copy of what is activated: the gate, or the up projection without one.
-        inner_scale: (F,) fp32.
-        inner_bits: 1 to 4.
-        activation: one of ``ACTIVATIONS``.
-        offset: (F,) fp32.
-        linear: packed copy of the up projection of a gated FFN; None without a gate.
-        linear_scale, linear_bits: its own.
-        inner_bias, linear_bias: (F,) fp32, the host's, or None.
-        inner_floor, linear_floor: (F,) fp32, or None for 0.
 
-    Returns:
-        (M, F) fp32, higher = keep.
-
-    Raises:
-        ValueError: bits, activation or shapes that do not fit.
-    """
-    _check(x, inner, inner_bits, activation, linear, linear_scale, linear_bits)
-    own = (inner_scale, offset, inner_bias, inner_floor)
-    _check_vectors(inner.shape[0], own, (linear_scale, linear_bias, linear_floor))
-    a = _product(x, inner, inner_scale, inner_bits, inner_bias)
-    score = half_log(activate(a, activation), inner_floor) + offset
-    if linear is None:
-        return score
-    assert linear_scale is not None
-    u = _product(x, linear, linear_scale, linear_bits, linear_bias)
-    return score + half_log(u, linear_floor)
+def _product(x: Tensor, copy: Copy) -> Tensor:
+    weight = levels(copy.packed, copy.bits, x.shape[-1])
+    y = torch.nn.functional.linear(x.float(), weight) * copy.scale
+    return y if copy.bias is None else y + copy.bias
 
 
 def half_log(factor: Tensor, floor: Tensor | None) -> Tensor:
@@ -80,148 +104,58 @@ def half_log(factor: Tensor, floor: Tensor | None) -> Tensor:
     return 0.5 * (square if floor is None else square + floor).log()
 
 
-def _product(x: Tensor, packed: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(x.float(), levels(packed, bits, x.shape[-1])) * scale
-    return y if bias is None else y + bias
+def _triton(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None) -> Tensor:
+    return sketch_gemv.launch_scores(x, activation, offset, inner, linear, TINY)
 
 
-def sketch_scores_triton(
-    x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
-    activation: str,
-    offset: Tensor,
-    linear: Tensor | None = None,
-    linear_scale: Tensor | None = None,
-    linear_bits: int = 0,
-    inner_bias: Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    inner_floor: Tensor | None = None,
-    linear_floor: Tensor | None = None,
-) -> Tensor:
-    """Launches the GEMV, any number of rows of x; as the reference, errors included."""
-    _check(x, inner, inner_bits, activation, linear, linear_scale, linear_bits)
-    own = (inner_scale, offset, inner_bias, inner_floor)
-    _check_vectors(inner.shape[0], own, (linear_scale, linear_bias, linear_floor))
-    up = (linear, linear_scale, linear_bits)
-    more = (inner_bias, linear_bias, inner_floor, linear_floor)
-    return sketch_gemv.launch_scores(
-        x, inner, inner_scale, inner_bits, activation, offset, *up, *more, TINY
-    )
+def _cuda(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None) -> Tensor:
+    run = _triton if x.shape[0] <= GEMV_ROWS else _reference
+    return run(x, activation, offset, inner, linear)
 
 
-def _check(
-    x: Tensor,
-    inner: Tensor,
-    inner_bits: int,
-    activation: str,
-    linear: Tensor | None,
-    linear_scale: Tensor | None,
-    linear_bits: int,
-) -> None:
-    check_choice("activation", activation, ACTIVATIONS)
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; use floating point (M, D)")
-    for name, packed, bits in (("inner", inner, inner_bits), ("linear", linear, linear_bits)):
-        if packed is None:
-            continue
-        check_bits(bits)
-        wanted = (inner.shape[0], row_bytes(x.shape[-1], bits))
-        if packed.dtype != torch.uint8 or tuple(packed.shape) != wanted:
-            raise ValueError(
-                f"{name} is {packed.dtype} {tuple(packed.shape)}; {bits} bits of {x.shape[-1]} "
-                f"columns are uint8 {wanted}"
-            )
-    if (linear is None) != (linear_scale is None):
-        raise ValueError("linear and linear_scale belong together: give both or neither")
-
-
-def _check_vectors(
-    n: int, inner: tuple[Tensor | None, ...], linear: tuple[Tensor | None, ...]
-) -> None:
-    for name, vector in zip(("linear_bias", "linear_floor"), linear[1:], strict=True):
-        if vector is not None and linear[0] is None:
-            raise ValueError(f"{name} is given without linear: without a gate inner's are up's")
-    names = ("inner_scale", "offset", "inner_bias", "inner_floor")
-    others = ("linear_scale", "linear_bias", "linear_floor")
-    for name, vector in zip((*names, *others), (*inner, *linear), strict=True):
-        if vector is not None and (tuple(vector.shape) != (n,) or not vector.is_floating_point()):
-            raise ValueError(
-                f"{name} is {vector.dtype} {tuple(vector.shape)}; use floating point ({n},)"
-            )
-
-
-def _sketch_scores_cuda(
-    x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
-    activation: str,
-    offset: Tensor,
-    linear: Tensor | None = None,
-    linear_scale: Tensor | None = None,
-    linear_bits: int = 0,
-    inner_bias: Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    inner_floor: Tensor | None = None,
-    linear_floor: Tensor | None = None,
-) -> Tensor:
-    run = sketch_scores_triton if x.shape[0] <= GEMV_ROWS else sketch_scores_reference
-    up = (linear, linear_scale, linear_bits)
-    more = (inner_bias, linear_bias, inner_floor, linear_floor)
-    return run(x, inner, inner_scale, inner_bits, activation, offset, *up, *more)
-
-
-def _sketch_scores_cpu(
-    x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
-    activation: str,
-    offset: Tensor,
-    linear: Tensor | None = None,
-    linear_scale: Tensor | None = None,
-    linear_bits: int = 0,
-    inner_bias: Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    inner_floor: Tensor | None = None,
-    linear_floor: Tensor | None = None,
-) -> Tensor:
-    first = (x, inner, inner_scale, inner_bits, activation, offset)
-    biases, floors = (inner_bias, linear_bias), (inner_floor, linear_floor)
-    up = (linear, linear_scale, linear_bits)
+def _cpu(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None) -> Tensor:
     lib = cpu_sketch.serving(x)
     if lib is None:
-        return sketch_scores_reference(*first, *up, *biases, *floors)
-    _check(x, inner, inner_bits, activation, linear, linear_scale, linear_bits)
-    own = (inner_scale, offset, inner_bias, inner_floor)
-    _check_vectors(inner.shape[0], own, (linear_scale, linear_bias, linear_floor))
-    return cpu_sketch.scores(lib, *first, *up, *biases, *floors, TINY)
+        return _reference(x, activation, offset, inner, linear)
+    return cpu_sketch.scores(lib, x, activation, offset, inner, linear, TINY)
 
 
+def _check(x: Tensor, offset: Tensor, inner: Copy, linear: Copy | None) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; use floating point (M, D)")
+    n = inner.packed.shape[0]
+    _check_vector("offset", offset, n)
+    for name, copy in (("inner", inner), ("linear", linear)):
+        if copy is None:
+            continue
+        check_bits(copy.bits)
+        packed, wanted = copy.packed, (n, row_bytes(x.shape[-1], copy.bits))
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != wanted:
+            raise ValueError(
+                f"{name} is {packed.dtype} {tuple(packed.shape)}; {copy.bits} bits of "
+                f"{x.shape[-1]} columns are uint8 {wanted}"
+            )
+        for field in ("scale", "bias", "floor"):
+            _check_vector(f"{name}_{field}", getattr(copy, field), n)
+
+
+def _check_vector(name: str, vector: Tensor | None, n: int) -> None:
+    if vector is not None and (tuple(vector.shape) != (n,) or not vector.is_floating_point()):
+        raise ValueError(
+            f"{name} is {vector.dtype} {tuple(vector.shape)}; use floating point ({n},)"
+        )
+
+
+sketch_scores_reference = _operator(_reference)  # the specification
+sketch_scores_triton = _operator(_triton)  # the launch, any number of rows of x
 sketch_scores = torch.library.custom_op(
     "gnomon::sketch_scores", sketch_scores_reference, mutates_args=()
 )
-sketch_scores.register_kernel("cpu", _sketch_scores_cpu)
+sketch_scores.register_kernel("cpu", _operator(_cpu))
 if sketch_gemv.triton is not None:
-    sketch_scores.register_kernel("cuda", _sketch_scores_cuda)
+    sketch_scores.register_kernel("cuda", _operator(_cuda))
 
 
 @sketch_scores.register_fake
-def _(
-    x: Tensor,
-    inner: Tensor,
-    inner_scale: Tensor,
-    inner_bits: int,
-    activation: str,
-    offset: Tensor,
-    linear: Tensor | None = None,
-    linear_scale: Tensor | None = None,
-    linear_bits: int = 0,
-    inner_bias: Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    inner_floor: Tensor | None = None,
-    linear_floor: Tensor | None = None,
-) -> Tensor:
+def _(x: Tensor, inner: Tensor, *rest: object) -> Tensor:
     return x.new_empty((x.shape[0], inner.shape[0]), dtype=torch.float32)
