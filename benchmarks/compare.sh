@@ -28,6 +28,8 @@ kl="$rows objective=kl harvest.heldout_tokens=$((HELD / 2)) harvest.means_tokens
 # shellcheck disable=SC2086
 {
   train root/predictors/calibration predictor=calibration harvest.batch=8 text.tokens=$((4 * HELD))
+  train sketch $rows predictor=sketch trainer.max_steps=0 criterion=magnitude harvest.mode=online harvest.batch=8 \
+    harvest.heldout_tokens=$((HELD / 8)) harvest.means_tokens=$HELD
   train bce/dejavu $bce predictor=dejavu $DEJAVU optimizer.lr=2e-3
   train bce/shadow $bce predictor=shadow $SHADOW optimizer.lr=1e-3
   train kl/dejavu50 $kl predictor=dejavu $DEJAVU init="$OUT/bce/dejavu" optimizer.lr=3e-4 density.neurons=0.5 trainer.max_steps="$KL"
@@ -49,6 +51,7 @@ all=static,oracle,random,dense_int8,griffin,glass,cats,chess,variants/chess_ffn,
 all=$all,variants/skip_layers,variants/skip_similar,ffsplit,variants/ffsplit_int4,variants/ffsplit_lowrank
 dejavu=policy.predictor="$OUT/bce/dejavu,$OUT/kl/dejavu50,$OUT/kl/dejavu30" shadow=policy.predictor="$OUT/bce/shadow,$OUT/kl/shadow50"
 sweep decode policy=$all
+sweep decode policy=sketch policy.predictor="$OUT/sketch" hydra.sweep.subdir='k${hydra.job.num}-${now:%f}'
 sweep decode policy=dejavu policy.predictor="$OUT/bce/dejavu" hydra.sweep.subdir='d${hydra.job.num}-${now:%f}'
 sweep decode policy=shadow policy.predictor="$OUT/bce/shadow" hydra.sweep.subdir='s${hydra.job.num}-${now:%f}'
 heads="budget.heads=1.0 budget.bytes=0.9,0.8,0.7,0.65"
@@ -58,6 +61,7 @@ for part in "heads_dense|$heads" "all|$fixed"; do
   # shellcheck disable=SC2086
   {
     sweep "$name" $budget policy=static,oracle
+    sweep "$name" $budget policy=sketch policy.predictor="$OUT/sketch" hydra.sweep.subdir='k${hydra.job.num}-${now:%f}'
     sweep "$name" $budget policy=dejavu "$dejavu" hydra.sweep.subdir='d${hydra.job.num}-${now:%f}'
     sweep "$name" $budget policy=shadow "$shadow" hydra.sweep.subdir='s${hydra.job.num}-${now:%f}'
   }

@@ -39,11 +39,10 @@ def sketch(
         ValueError: the text is shorter than a block, inputs are not finite, or a fused gate_up
             linear whose rows are in no known order.
     """
-    weights = [ffn_weights(model, spec, layer) for layer in range(spec.L)]
+    ffn_weights(model, spec, 0)  # complains now, not after the forwards
     blocks = text.blocks(tokenizer, "train", max(into.tokens, text.block))
     for layer, moments in enumerate(ffn_moments(model, spec, blocks.ids, batch)):
-        projections, biases, norms = weights[layer]
-        into.adopt(layer, projections, biases, norms, moments)
+        into.adopt(layer, *ffn_weights(model, spec, layer), moments)
     facts = {"text": text.name, "text_digest": blocks.digest, "tokens": blocks.ids.numel()}
     into.info = replace(into.info, metrics=into.info.metrics | {"rounding": facts})
 

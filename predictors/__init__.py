@@ -3,7 +3,7 @@
 from gnomon.predictors.base import Predictor, PredictorInfo
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
-from gnomon.predictors.folder import find_predictor, load_predictor
+from gnomon.predictors.folder import find_predictor, find_pretrained, load_predictor
 from gnomon.predictors.shadow import Shadow
 from gnomon.predictors.sketch import Sketch
 from gnomon.predictors.static import Static
@@ -17,5 +17,6 @@ __all__ = [
     "Sketch",
     "Static",
     "find_predictor",
+    "find_pretrained",
     "load_predictor",
 ]

@@ -154,7 +154,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     @property
     def stored(self) -> str:
         """How the weights are stored once quantised, for the record."""
-        return "row-scaled int8"
+        return "int8"
 
     @property
     def nbytes(self) -> int:

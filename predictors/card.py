@@ -39,7 +39,7 @@ with gnomon.sparsify(model, policy):
 | criterion, granularity, objective | {criterion}, {granularity}, {objective} |
 | traces | {trace_hash} |
 | seed | {seed} |
-| size | {nbytes:,} bytes ({stored}) |
+| size | {nbytes:,} bytes ({stored}, scaled by row) |
 
 ## Held-out metrics
 {metrics}

@@ -87,18 +87,13 @@ class FewBitStack(Stack):
         self.register_buffer("codes", None)
         self.requires_grad_(True)
 
-    def grouped(self, x: Tensor) -> Tensor:
-        """Each linear on its own rows: x (S, R, K) -> (S, R, N)."""
-        y = torch.bmm(x, self._rounded(slice(None)).mT)
-        return y if self.bias is None else y + self.bias[:, None]
-
     def one(self, index: int, x: Tensor) -> Tensor:
         """The linear ``index`` alone: x (..., K) -> (..., N)."""
         bias = None if self.bias is None else self.bias[index]
         return nn.functional.linear(x, self._rounded(index), bias)
 
-    def _rounded(self, at: int | slice) -> Tensor:
-        """Levels times scales of some linears, (…, N, K)."""
+    def _rounded(self, at: int) -> Tensor:
+        """Levels times scales of one linear, (N, K)."""
         scale = self.scale[at][..., None]
         if self.weight is None:
             return levels(self.codes[at], self.bits, self.shape[-1]) * scale

@@ -42,10 +42,6 @@ class Stack(nn.Module):
         """Turns rounded weights back into fp32 parameters, in place; again does nothing."""
         raise NotImplementedError
 
-    def grouped(self, x: Tensor) -> Tensor:
-        """Each linear on its own rows: x (S, R, K) -> (S, R, N)."""
-        raise NotImplementedError
-
     def one(self, index: int, x: Tensor) -> Tensor:
         """The linear ``index`` alone: x (..., K) -> (..., N)."""
         raise NotImplementedError

@@ -227,7 +227,7 @@ class Sketch(Predictor):
     def stored(self) -> str:
         """Bits of the copies; the rest is int8."""
         bits = dict.fromkeys(copy.bits for copy in self.copies)
-        return f"{' and '.join(map(str, bits))}-bit copies, row-scaled int8"
+        return f"{' and '.join(map(str, bits))}-bit copies, int8"
 
     def bytes_for(self, kinds: Any) -> int:
         """Bytes read when only these kinds are scored."""

@@ -24,7 +24,7 @@ from gnomon.endtoend import make_module, start_from
 from gnomon.hooks import HostHooks
 from gnomon.host import Tap, describe
 from gnomon.policies import Oracle, Random, Sketch, Static
-from gnomon.policies.base import Policy
+from gnomon.policies.base import Policy, Seen
 from gnomon.predictors.fewbit import FewBitStack
 from gnomon.predictors.objectives import Bce, Kl
 from gnomon.predictors.rounding import levels_of, nearest, round_rows
@@ -71,13 +71,16 @@ def test_a_stack_scores_alike_before_and_after_it_is_packed() -> None:
     for i in range(2):
         stack.adopt(i, torch.randn(5, 19), torch.rand(5) + 0.1, torch.randn(5))
     x = torch.randn(2, 7, 19)
-    before, size = stack.grouped(x), stack.nbytes
+
+    def outputs() -> torch.Tensor:
+        return torch.stack([stack.one(i, x[i]) for i in range(2)])
+
+    before, size = outputs(), stack.nbytes
     stack.quantize()
-    torch.testing.assert_close(stack.grouped(x), before)
-    torch.testing.assert_close(stack.one(1, x[1]), before[1])
+    torch.testing.assert_close(outputs(), before)
     assert stack.nbytes == 2 * 5 * (24 * 3 // 8 + 4 + 4) < size
     stack.dequantize()
-    torch.testing.assert_close(stack.grouped(x), before)
+    torch.testing.assert_close(outputs(), before)
     assert all(p.requires_grad for p in stack.parameters())
 
 
@@ -188,7 +191,7 @@ def test_it_needs_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = json.loads((folder / "config.json").read_text())
     assert config["metrics"]["neurons"]["recall"] > config["metrics"]["neurons"]["static"]["recall"]
     assert config["objective"] == "none" and config["metrics"]["rounding"]["tokens"] >= 2048
-    assert config["weights"] == "2-bit copies, row-scaled int8"
+    assert config["weights"] == "2-bit copies, int8"
     assert "copies of the\nhost" in (folder / "README.md").read_text()
     assert config["metrics"]["heads"]["recall"] == config["metrics"]["heads"]["static"]["recall"]
 
@@ -255,3 +258,34 @@ def test_neurons_that_are_kept_whole_train_no_copies() -> None:
     Student(model, describe(model), net, Budget(heads=0.5))
     trained = {name.partition(".")[0] for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {"inner", "outputs"}
+
+
+def test_a_shared_set_adds_magnitudes_not_their_logs() -> None:
+    """Else a neuron that is strong in one row and dead in another would lose to a middling one."""
+    model, _ = tiny_host()
+    policy = Sketch(predictor(model, "sketch").quantize(), Budget(neurons=0.25), batch="shared")
+    policy.bind(model)
+    scores = torch.full((2, 1, 4), 1.0).log()
+    scores[:, 0, 0] = torch.tensor([3.0, 1e-6]).log()
+    live = torch.ones(2, 1, dtype=torch.bool)
+    seen = Seen(lambda tap: scores, torch.zeros(2, 1, dtype=torch.long), live, {})
+    total = policy.combine("neurons", scores, seen)
+    assert int(total.argmax()) == 0
+    torch.testing.assert_close(
+        total[0, 0], torch.tensor([3.0, 2.0, 2.0, 2.0]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_the_operator_scores_as_training_did(family: str) -> None:
+    """Packed codes, scales, biases and floors, each in its place."""
+    model, _ = tiny_host(family)
+    spec = describe(model)
+    made = predictor(model, "sketch", bits=3, up_bits=2)
+    assert made.floors.gt(0).all()
+    x = torch.randn(5, spec.D)
+    trained = [made.score("neurons", layer, x).detach() for layer in range(spec.L)]
+    made.quantize()
+    for layer in range(spec.L):
+        found = made.score("neurons", layer, x)
+        torch.testing.assert_close(found, trained[layer], rtol=1e-4, atol=1e-4)
