@@ -2,7 +2,8 @@
 
     python examples/training_free.py
 
-Uses a tiny random host; with a real one, `python train.py predictor=calibration` makes the folder.
+Uses a tiny random host; with a real one, `python train.py predictor=calibration` and
+`predictor=sketch` make the folders.
 """
 
 from __future__ import annotations
@@ -14,17 +15,33 @@ from gnomon.accounting import account
 from gnomon.budget import Budget
 from gnomon.calibration import calibrate
 from gnomon.data.sources import SyntheticText
-from gnomon.policies import Cats, Chess, Core, FFSplit, Glass, Griffin, SkipSublayers, Teal
+from gnomon.policies import (
+    Cats,
+    Chess,
+    Core,
+    FFSplit,
+    Glass,
+    Griffin,
+    Sketch,
+    SkipSublayers,
+    Teal,
+)
+from gnomon.predictors import Sketch as SketchPredictor
 from gnomon.predictors.calibration import Calibration
+from gnomon.sketching import sketch
 from gnomon.tiny import tiny_host
 
 model, tokenizer = tiny_host("llama", num_hidden_layers=4)
 spec = gnomon.describe(model)
 calibration = Calibration.for_host(spec)
-calibrate(calibration, model, tokenizer, spec, SyntheticText(block=64, tokens=2048))
+text = SyntheticText(block=64, tokens=2048)
+calibrate(calibration, model, tokenizer, spec, text)
+copies = SketchPredictor.for_host(spec, bits=2)  # of the host's own gate and up projections
+sketch(copies, model, tokenizer, spec, text)
 
 half, neurons = Budget(density=0.5), Budget(neurons=0.5)
 policies = {
+    "sketch": Sketch(copies.quantize(), neurons),
     "griffin": Griffin(neurons),
     "glass": Glass(calibration, neurons, weight=0.3),
     "cats": Cats(calibration, neurons),

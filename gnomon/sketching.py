@@ -25,7 +25,7 @@ def sketch(
     *,
     batch: int = 4,
 ) -> None:
-    """Copies the FFNs of a host into a sketch; its record says from which text.
+    """Copies the FFNs of a host into a sketch, whose record names the host and the text.
 
     Args:
         into: an empty sketch of this host.
@@ -44,7 +44,13 @@ def sketch(
     for layer, moments in enumerate(ffn_moments(model, spec, blocks.ids, batch)):
         into.adopt(layer, *ffn_weights(model, spec, layer), moments)
     facts = {"text": text.name, "text_digest": blocks.digest, "tokens": blocks.ids.numel()}
-    into.info = replace(into.info, metrics=into.info.metrics | {"rounding": facts})
+    into.info = replace(
+        into.info,
+        host=spec.name,
+        revision=spec.revision,
+        spec_hash=spec.hash,
+        metrics=into.info.metrics | {"rounding": facts},
+    )
 
 
 def ffn_moments(model: nn.Module, spec: HostSpec, ids: Tensor, batch: int) -> list[Tensor]:

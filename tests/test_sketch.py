@@ -103,6 +103,8 @@ def test_at_four_bits_its_choice_is_nearly_the_oracles(family: str) -> None:
     spec = describe(model)
     made = SketchPredictor.for_host(spec, bits=4, tokens=2048)
     sketch(made, model, tokenizer, spec, SyntheticText(block=64, tokens=4096))
+    with pytest.raises(ValueError, match="was trained for host"):
+        made.check_host(describe(tiny_host(family, seed=1)[0]))  # of the same sizes
     ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         dense = model(ids).logits
