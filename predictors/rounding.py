@@ -113,7 +113,8 @@ def _least_error(weight: Tensor, bits: int) -> Tensor:
 
 def _sweep(weight: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Columns one after another, each with what those before it lost in rounding."""
-    left = weight.T.contiguous()  # (K, N): a column lies in one piece
+    # (K, N): a column lies in one piece. A copy: of a linear stored turned this is the host's own.
+    left = weight.T.clone(memory_format=torch.contiguous_format)
     with _few_threads(weight.device):
         for first in range(0, len(left), BLOCK):
             stop = min(first + BLOCK, len(left))

@@ -102,7 +102,9 @@ def test_at_four_bits_its_choice_is_nearly_the_oracles(family: str) -> None:
     model, tokenizer = tiny_host(family)
     spec = describe(model)
     made = SketchPredictor.for_host(spec, bits=4, tokens=2048)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
     sketch(made, model, tokenizer, spec, SyntheticText(block=64, tokens=4096))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     with pytest.raises(ValueError, match="was trained for host"):
         made.check_host(describe(tiny_host(family, seed=1)[0]))  # of the same sizes
     ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(5))
