@@ -50,16 +50,24 @@ def _tile(size: int) -> int:
 if triton is not None:
 
     @triton.jit
+    def _load_plane(tiles, row, n, N, PLANES: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+        PLANE: tl.constexpr = PLANES[P]  # Triton 3.6 takes a plain number for no constant
+        SIZE: tl.constexpr = PLANE[3]
+        BLOCK: tl.constexpr = PLANE[4]
+        for at in tl.static_range(0, SIZE, BLOCK):
+            j = at + tl.arange(0, BLOCK)[None, :]
+            mask = (n < N)[:, None] & (j < SIZE)
+            place = row + PLANE[2] + j
+            tiles += (tl.load(place, mask=mask, other=0, eviction_policy="evict_first"),)
+        return tiles
+
+    @triton.jit
     def _load(packed_ptr, n, N, BYTES: tl.constexpr, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
         """Every tile of the rows n, all of them under way at once."""
         tiles = ()
         row = packed_ptr + n.to(tl.int64)[:, None] * BYTES
         for p in tl.static_range(len(PLANES)):
-            for at in tl.static_range(0, PLANES[p][3], PLANES[p][4]):
-                j = at + tl.arange(0, PLANES[p][4])[None, :]
-                mask = (n < N)[:, None] & (j < PLANES[p][3])
-                place = row + PLANES[p][2] + j
-                tiles += (tl.load(place, mask=mask, other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+            tiles = _load_plane(tiles, row, n, N, PLANES, p)
         return tiles
 
     @triton.jit
@@ -86,7 +94,15 @@ if triton is not None:
 
     @triton.jit
     def _plane_sums(  # type: ignore[no-untyped-def]
-        sums, tiles, x_ptr, first, M, D: tl.constexpr, PLANE: tl.constexpr, EACH: tl.constexpr
+        sums,
+        tiles,
+        x_ptr,
+        first,
+        M,
+        D: tl.constexpr,
+        PLANES: tl.constexpr,
+        P: tl.constexpr,
+        EACH: tl.constexpr,
     ):
         """Adds a plane to the sums of rows of x times matrices, EACH tiles to a matrix.
 
@@ -94,26 +110,32 @@ if triton is not None:
         products, half as many instructions again). One row of x has its fields unrolled; with more,
         the compiler would hold all of x at once and spill.
         """
+        PLANE: tl.constexpr = PLANES[P]
+        BITS: tl.constexpr = PLANE[0]
+        SHIFT: tl.constexpr = PLANE[1]
+        SIZE: tl.constexpr = PLANE[3]
+        BLOCK: tl.constexpr = PLANE[4]
+        FIRST: tl.constexpr = PLANE[5]
         WAYS: tl.constexpr = len(tiles) // EACH
         ROWS: tl.constexpr = len(sums) // WAYS
-        WIDE: tl.constexpr = tiles[PLANE[5]].shape
-        COUNT: tl.constexpr = min(16, PLANE[4])
+        WIDE: tl.constexpr = tiles[FIRST].shape
+        COUNT: tl.constexpr = min(16, BLOCK)
         LEVELS: tl.constexpr = COUNT.bit_length() - 1
-        FIELDS: tl.constexpr = 8 // PLANE[0]
+        FIELDS: tl.constexpr = 8 // BITS
         TOGETHER: tl.constexpr = max(1, FIELDS // (ROWS * ROWS))
-        FIELD: tl.constexpr = (1 << PLANE[0]) - 1
-        parts = _zeros(len(sums), (WIDE[0], PLANE[4] // COUNT))
-        for at in tl.static_range(0, PLANE[3], PLANE[4]):
-            j = at + tl.arange(0, PLANE[4])
+        FIELD: tl.constexpr = (1 << BITS) - 1
+        parts = _zeros(len(sums), (WIDE[0], BLOCK // COUNT))
+        for at in tl.static_range(0, SIZE, BLOCK):
+            j = at + tl.arange(0, BLOCK)
             packed = ()
             for w in tl.static_range(WAYS):
-                packed += _apart(tiles[w * EACH + PLANE[5] + at // PLANE[4]], LEVELS)
+                packed += _apart(tiles[w * EACH + FIRST + at // BLOCK], LEVELS)
             for start in tl.range(0, FIELDS, TOGETHER):
                 for f in tl.static_range(TOGETHER):
-                    place = (start + f) * PLANE[0]
-                    column = (start + f) * PLANE[3] + j
-                    mask = (j < PLANE[3]) & (column < D)
-                    power = ((127 + 64 + PLANE[1] - place) << 23).to(tl.float32, bitcast=True)
+                    place = (start + f) * BITS
+                    column = (start + f) * SIZE + j
+                    mask = (j < SIZE) & (column < D)
+                    power = ((127 + 64 + SHIFT - place) << 23).to(tl.float32, bitcast=True)
                     xs = ()
                     for m in tl.static_range(ROWS):
                         row = tl.minimum(first + m, M - 1).to(tl.int64)
@@ -208,11 +230,11 @@ if triton is not None:
             gdc_launch_dependents()
         a = _zeros(ROWS * WAYS, (BLOCK_N,))
         for p in tl.static_range(len(INNER)):
-            a = _plane_sums(a, tiles, x_ptr, first, M, D, INNER[p], EACH)
+            a = _plane_sums(a, tiles, x_ptr, first, M, D, INNER, p, EACH)
         if GATED and not SHARED:
             u = _zeros(ROWS, (BLOCK_N,))
             for p in tl.static_range(len(LINEAR)):
-                u = _plane_sums(u, others, x_ptr, first, M, D, LINEAR[p], len(others))
+                u = _plane_sums(u, others, x_ptr, first, M, D, LINEAR, p, len(others))
         offset = tl.load(offset_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         for m in tl.static_range(ROWS):
             row = tl.minimum(first + m, M - 1).to(tl.int64)  # past the last: computed, not stored

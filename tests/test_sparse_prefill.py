@@ -23,6 +23,7 @@ from gnomon.tiny import byte_tokenizer, tiny_host
 from tolerances import TOLERANCE, relative_rms
 
 HALF = Budget(density=0.5)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton runs
 GREEDY = {"do_sample": False, "pad_token_id": 256, "eos_token_id": None}
 FIXED: dict[str, Callable[..., Policy]] = {
     "static": lambda m, **how: policies.Static(predictor(m), HALF, **how),
@@ -66,7 +67,8 @@ def logits(model: Any, policy: Policy, ids: Tensor, backend: str, **how: Any) ->
 def test_the_prompt_is_as_under_all(name: str, backend: str) -> None:
     """And not as under a dense prefill, where anything is skipped."""
     model, _ = tiny_host("llama")
-    ids = ids_of(2)
+    model.to(DEVICE)
+    ids = ids_of(2).to(DEVICE)
     found = logits(model, FIXED[name](model, prefill="sparse"), ids, backend)
     expected = logits(model, FIXED[name](model), ids, "mask", protocol="all")
     assert relative_rms(found, expected) < TOLERANCE[torch.float32]
@@ -78,7 +80,8 @@ def test_the_prompt_is_as_under_all(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forward_without_cache_needs_no_boundary(backend: str) -> None:
     model, _ = tiny_host("llama")
-    ids, outs = ids_of(2), []
+    model.to(DEVICE)
+    ids, outs = ids_of(2).to(DEVICE), []
     for how in ({}, {"prompt_length": 5}, {"protocol": "all"}):
         policy = FIXED["static"](model, prefill="sparse")
         with torch.no_grad(), gnomon.sparsify(model, policy, backend, **how) as session:
