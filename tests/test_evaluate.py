@@ -130,6 +130,13 @@ def test_a_run_writes_valid_results_with_brackets_and_metrics(tmp_path):
     assert "warnings" not in results
 
 
+def test_settings_of_a_measure_that_was_not_chosen_stay_behind(tmp_path):
+    """experiment=compare says something of quality; measure=[tasks] leaves it out."""
+    config = settings(tmp_path, "dense", measure={"quality": {"brackets": []}})
+    results = run.evaluate(config, tmp_path / "run", "x").results
+    assert "texts" not in results.get("quality", {})
+
+
 def test_dense_has_ratio_one_and_everything_kept(tmp_path):
     config = settings(tmp_path, "dense", measure__quality__brackets=[])
     results = run.evaluate(config, tmp_path / "run", "x").results

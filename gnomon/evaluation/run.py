@@ -82,7 +82,9 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     require_new(folder)
     policy, budget = settings["policy"], instantiate(settings["budget"])
     require_policy(policy["name"])
-    measures = [instantiate(measure) for measure in settings["measure"].values()]
+    # An experiment may hold settings of a measure that was not chosen.
+    chosen = [measure for measure in settings["measure"].values() if "_target_" in measure]
+    measures = [instantiate(measure) for measure in chosen]
     for measure in measures:
         if isinstance(measure, Tasks):  # before the host is loaded
             measure.require()
