@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gnomon.kernels.launch import pdl, power_of_two
+from gnomon.kernels.launch import pdl, power_of_two, processors
 
 try:
     import triton
@@ -106,6 +106,26 @@ def _column(scores: Tensor, threshold: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def _kept(  # type: ignore[no-untyped-def]
+        value_ptr,
+        cut_ptr,
+        j,
+        end,
+        unit_stride,
+        HAS_THRESHOLD: tl.constexpr,
+        PASSING: tl.constexpr,
+    ):
+        """1 for every unit j < end that is kept."""
+        value = tl.load(value_ptr + j, mask=j < end, other=0)
+        if HAS_THRESHOLD:
+            cut = tl.load(cut_ptr + j * unit_stride, mask=j < end, other=0.0)
+            value = value.to(tl.float32)
+            keep = tl.abs(value) > cut if PASSING else value >= cut
+        else:
+            keep = value != 0
+        return ((j < end) & keep).to(tl.int32)
+
+    @triton.jit
     def _compact_kernel(  # type: ignore[no-untyped-def]
         value_ptr,
         threshold_ptr,
@@ -118,31 +138,34 @@ if triton is not None:
         HAS_THRESHOLD: tl.constexpr,
         PASSING: tl.constexpr,
         BLOCK: tl.constexpr,
+        PART: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """The list of one row: BLOCK units at a time, each at its prefix sum."""
+        """PART units of the list of one row, each at its prefix sum.
+
+        A program counts what the parts before its own keep itself: that is sooner done than waiting
+        for them.
+        """
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64)
+        first = tl.program_id(1) * PART
         value_ptr += row * N
-        index_ptr += row * capacity
-        held = 0
-        for start in range(0, N, BLOCK):
+        threshold_ptr += row * row_stride
+        before = 0
+        for start in range(0, first, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            value = tl.load(value_ptr + j, mask=j < N, other=0)
-            if HAS_THRESHOLD:
-                cut_ptr = threshold_ptr + row * row_stride + j * unit_stride
-                cut = tl.load(cut_ptr, mask=j < N, other=0.0)
-                value = value.to(tl.float32)
-                keep = tl.abs(value) > cut if PASSING else value >= cut
-            else:
-                keep = value != 0
-            kept = ((j < N) & keep).to(tl.int32)
-            at = held + tl.cumsum(kept, axis=0) - kept
-            tl.store(index_ptr + at, j, mask=(kept > 0) & (at < capacity))
-            held += tl.sum(kept, axis=0)
-        tl.store(count_ptr + row, tl.minimum(held, capacity))
+            kept = _kept(
+                value_ptr, threshold_ptr, j, first, unit_stride, HAS_THRESHOLD, PASSING
+            )
+            before += tl.sum(kept, axis=0)
+        j = first + tl.arange(0, PART)
+        kept = _kept(value_ptr, threshold_ptr, j, N, unit_stride, HAS_THRESHOLD, PASSING)
+        at = before + tl.cumsum(kept, axis=0) - kept
+        tl.store(index_ptr + row * capacity + at, j, mask=(kept > 0) & (at < capacity))
+        if first + PART >= N:
+            tl.store(count_ptr + row, tl.minimum(before + tl.sum(kept, axis=0), capacity))
 
     @triton.jit
     def _slots_kernel(  # type: ignore[no-untyped-def]
@@ -172,6 +195,12 @@ if triton is not None:
             tl.store(slot_ptr + row * N + unit, s, mask=inside)
 
 
+def part_of(rows: int, n: int, block: int, device: torch.device) -> int:
+    """Units that one program lists: all of a row's, fewer where rows leave processors idle."""
+    programs = max(1, processors(device) // rows)
+    return max(min(block, 1024), min(block, power_of_two(-(-n // programs))))
+
+
 def _compact(
     value: Tensor, threshold: Tensor | None, capacity: int, passing: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -180,10 +209,13 @@ def _compact(
     count = torch.empty(rows, dtype=torch.int32, device=value.device)
     if rows == 0:
         return index, count
+    if n == 0:
+        return index, count.zero_()
     block = min(8192, power_of_two(n))
-    _compact_kernel[(rows,)](
+    part = part_of(rows, n, block, value.device)
+    _compact_kernel[(rows, -(-n // part))](
         value.contiguous(),
-        threshold,
+        value if threshold is None else threshold,
         index,
         count,
         n,
@@ -193,6 +225,7 @@ def _compact(
         HAS_THRESHOLD=threshold is not None,
         PASSING=passing,
         BLOCK=block,
+        PART=part,
         num_warps=max(1, min(32, block // 256)),
         **pdl(value.device),
     )

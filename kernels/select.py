@@ -6,9 +6,11 @@ scores (R, N) fp32, k one number or (R,) on the device; list (R, capacity) int32
 int32. The sets are those of :func:`gnomon.kernels.topk_mask.topk_mask`; NaN ranks as −inf.
 In segments of 256 units each segment keeps its own best, which needs no pass over the whole row.
 
-One program per row holds the scores in registers as integers of the same order, bisects the bits
-of the k-th largest (until exactly k are above) and writes what is taken in the order of a prefix
-sum. Rows longer than a block are read again (from L1 and L2) at every bit.
+A program holds a row's scores in registers as integers of the same order and narrows an interval
+round the k-th largest until exactly k are above: by where the counts at its ends say that it lies
+(on the scale of scores, and on that of their bits) and every fourth time by halves. Several
+programs find the same cut of one row, and each lists a part of it: finding it takes one as long
+as writing the list. Rows longer than a block are read again (from L1 and L2) at every trial.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gnomon.kernels.compact import compact_mask, compact_mask_reference, select_above, slots
+from gnomon.kernels.compact import (
+    compact_mask,
+    compact_mask_reference,
+    part_of,
+    select_above,
+    slots,
+)
 from gnomon.kernels.launch import pdl, power_of_two
 from gnomon.kernels.topk_mask import ranked, topk_mask
 
@@ -106,13 +114,17 @@ def _check(scores: Tensor, k: Tensor | None, keep: int, capacity: int) -> None:
 if triton is not None:
 
     @triton.jit
+    def _flipped(bits):  # type: ignore[no-untyped-def]
+        """Bits of floats to integers of the same order, and back."""
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    @triton.jit
     def _keys(scores_ptr, j, end):  # type: ignore[no-untyped-def]
         """Scores as int32 of the same order: NaN as −inf, −0 as 0, places past the end lowest."""
         score = tl.load(scores_ptr + j, mask=j < end, other=0.0)
         score = tl.where(score == score, score, float("-inf"))
         score = tl.where(score == 0.0, 0.0, score)
-        bits = score.to(tl.int32, bitcast=True)
-        return tl.where(j < end, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+        return tl.where(j < end, _flipped(score.to(tl.int32, bitcast=True)), -2147483648)
 
     @triton.jit
     def _reaching(keys, scores_ptr, begin, end, cut, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -122,6 +134,38 @@ if triton is not None:
             j = begin + chunk * BLOCK + tl.arange(0, BLOCK)
             n += (_keys(scores_ptr, j, end) >= cut).to(tl.int32)
         return tl.sum(n, axis=0)
+
+    @triton.jit
+    def _range(keys, scores_ptr, begin, end, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The lowest and the highest key."""
+        place = tl.arange(0, BLOCK)
+        lowest, highest = tl.where(begin + place < end, keys, 2147483647), keys
+        for chunk in range(1, CHUNKS):
+            j = begin + chunk * BLOCK + place
+            more = _keys(scores_ptr, j, end)
+            lowest = tl.minimum(lowest, tl.where(j < end, more, 2147483647))
+            highest = tl.maximum(highest, more)
+        return tl.min(lowest, axis=0), tl.max(highest, axis=0)
+
+    @triton.jit
+    def _between(low, high, share, trial):  # type: ignore[no-untyped-def]
+        """A key above ``low``, not above ``high``, where so large a share of what lies between
+        would be passed if it were spread evenly."""
+        wide = high.to(tl.int64) - low
+        middle = low + (wide // 2).to(tl.int32)
+        by_bits = low + (wide.to(tl.float32) * share).to(tl.int64).to(tl.int32)
+        first = _flipped(low).to(tl.float32, bitcast=True)
+        last = _flipped(high).to(tl.float32, bitcast=True)
+        value = first + (last - first) * share
+        by_value = _flipped(value.to(tl.int32, bitcast=True))
+        kind = trial % 4
+        found = tl.where(kind == 3, middle, tl.where(kind == 2, by_bits, by_value))
+        return tl.minimum(tl.maximum(found, low + 1), high)
+
+    @triton.jit
+    def _counts(keys, cut):  # type: ignore[no-untyped-def]
+        """1 for a key above the cut, 2^16 for one that equals it: a block has 2^14 of them."""
+        return (keys > cut).to(tl.int32) + ((keys == cut).to(tl.int32) << 16)
 
     @triton.jit
     def _select_kernel(  # type: ignore[no-untyped-def]
@@ -136,9 +180,10 @@ if triton is not None:
         HAS_K: tl.constexpr,
         CHUNKS: tl.constexpr,
         BLOCK: tl.constexpr,
+        PART: tl.constexpr,
         PDL: tl.constexpr,
     ):
-        """The list of one row, or of one segment of it (SEGMENT > 0)."""
+        """PART units of the list of one row, or of one segment of it (SEGMENT > 0)."""
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
@@ -156,36 +201,42 @@ if triton is not None:
         scores_ptr += row * N
         place = tl.arange(0, BLOCK)
         keys = _keys(scores_ptr, begin + place, end)
-        cut = -2147483648  # grows bit by bit into the k-th largest key
-        reached = CHUNKS * BLOCK
-        bit = 31
-        while (bit >= 0) & (reached != k):  # stops as soon as a cut separates exactly k
-            trial = cut ^ (1 << bit)
-            n = _reaching(keys, scores_ptr, begin, end, trial, CHUNKS, BLOCK)
+        cut, high = _range(keys, scores_ptr, begin, end, CHUNKS, BLOCK)
+        reached, above_high = end - begin, 0  # keys >= cut, and > high; the k-th largest is between
+        trial = 0
+        while (reached != k) & (high > cut):  # stops as soon as a cut separates exactly k
+            share = (reached - k + 0.5) / (reached - above_high).to(tl.float32)
+            tried = _between(cut, high, share, trial)
+            n = _reaching(keys, scores_ptr, begin, end, tried, CHUNKS, BLOCK)
             if n >= k:
-                cut = trial
-                reached = n
-            bit -= 1
+                cut, reached = tried, n
+            else:
+                high, above_high = tried - 1, n
+            trial += 1
         room = k  # equals of the cut that are taken, lowest index first
         if reached != k:
-            room = k - _reaching(keys, scores_ptr, begin, end, cut + 1, CHUNKS, BLOCK)
-        index_ptr += row * capacity + base
-        above_before, equal_before = 0, 0
-        for chunk in range(CHUNKS):
+            room = k - above_high
+        first = begin
+        if SEGMENT == 0:
+            first = tl.program_id(2) * PART
+        above_before, equal_before = 0, 0  # in the parts before this one
+        for chunk in range(0, tl.cdiv(first - begin, BLOCK)):
             j = begin + chunk * BLOCK + place
             if CHUNKS > 1:
-                keys = _keys(scores_ptr, j, end)
-            above, equal = (keys > cut).to(tl.int32), (keys == cut).to(tl.int32)
-            both = above + (equal << 16)  # one prefix sum serves both: a block has 2**14 keys
-            before = tl.cumsum(both, axis=0) - both
-            equals = equal_before + (before >> 16)
-            at = above_before + (before & 0xFFFF) + tl.minimum(equals, room)
-            taken = (j < end) & ((above > 0) | ((equal > 0) & (equals < room)))
-            tl.store(index_ptr + at, j, mask=taken)
-            if CHUNKS > 1:
-                above_before += tl.sum(above, axis=0)
-                equal_before += tl.sum(equal, axis=0)
-        if begin == 0:
+                keys = _keys(scores_ptr, j, first)
+            both = tl.sum(tl.where(j < first, _counts(keys, cut), 0), axis=0)
+            above_before += both & 0xFFFF
+            equal_before += both >> 16
+        index_ptr += row * capacity + base
+        j = first + tl.arange(0, PART)
+        own = _keys(scores_ptr, j, end)
+        both = _counts(own, cut)  # one prefix sum serves both
+        before = tl.cumsum(both, axis=0) - both
+        equals = equal_before + (before >> 16)
+        at = above_before + (before & 0xFFFF) + tl.minimum(equals, room)
+        taken = (j < end) & ((own > cut) | ((own == cut) & (equals < room)))
+        tl.store(index_ptr + at, j, mask=taken)
+        if first == 0:
             tl.store(count_ptr + row, held)
 
 
@@ -199,7 +250,8 @@ def _launch(
         return index, count.zero_()
     block = min(BLOCK, power_of_two(segment or n))
     segments = -(-n // segment) if segment else 1
-    _select_kernel[(rows, segments)](
+    part = block if segment else part_of(rows, n, block, scores.device)
+    _select_kernel[(rows, segments, 1 if segment else -(-n // part))](
         scores.float().contiguous(),
         k,
         index,
@@ -211,6 +263,7 @@ def _launch(
         HAS_K=k is not None,
         CHUNKS=-(-(segment or n) // block),
         BLOCK=block,
+        PART=part,
         num_warps=max(1, min(32, block // 256)),
         **pdl(scores.device),
     )

@@ -103,6 +103,8 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
 
     def scores_of(self, kind: UnitKind, layers: Sequence[int], code: Tensor) -> Tensor:
         """Scores of several layers that one tap decides: code (R, C) -> (R, layers, N)."""
+        if len(layers) == 1:  # a view: no launch of its own in a decode step
+            return self.score(kind, layers[0], code)[:, None]
         return torch.stack([self.score(kind, layer, code) for layer in layers], dim=1)
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:

@@ -68,6 +68,22 @@ def test_topk_with_a_count_per_row(n: int, device: torch.device) -> None:
     assert a[1].max() <= capacity
 
 
+@pytest.mark.parametrize("n", [5000, 40000])
+def test_parts_of_one_row_make_one_list(n: int, device: torch.device) -> None:
+    """Several programs list a row: none repeats or misses a unit, ties across parts included."""
+    for row in (*awkward(n, device), torch.randn(n).exp().pow(3).to(device)):
+        for k in (0, 1, n // 2, n - 1):
+            poison(1, n, device=device)
+            found = listed(*select.select_topk_triton(row[None], None, k, n))
+            assert found == [best(row.cpu(), k)], k
+        kept = (row > 0.5).nonzero().flatten().tolist()
+        poison(1, n, device=device)
+        mask = compact.compact_mask_triton(row[None] > 0.5, n)
+        assert listed(*mask) == [kept]
+        few = compact.compact_mask_triton(row[None] > 0.5, 7)
+        assert listed(*few) == [kept[:7]]
+
+
 def test_topk_mask_keeps_any_shape_and_dtype(device: torch.device) -> None:
     for n in (9, 200):
         scores = torch.randn(2, 3, n, device=device).bfloat16()
