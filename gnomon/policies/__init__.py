@@ -24,6 +24,7 @@ from gnomon.policies.sketch import Sketch
 from gnomon.policies.skip_sublayers import SkipSublayers
 from gnomon.policies.static import Static
 from gnomon.policies.teal import Teal
+from gnomon.policies.teal_attention import TealAttention
 from gnomon.policies.wrap import Wrapper
 
 POLICIES: dict[str, type[Policy]] = {
@@ -31,7 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     for cls in (
         *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu, Sketch),
         *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
-        *(Core, DenseFallback),
+        *(Core, DenseFallback, TealAttention),
     )
 }
 
@@ -99,6 +100,7 @@ __all__ = [
     "SkipSublayers",
     "Static",
     "Teal",
+    "TealAttention",
     "Wrapper",
     "build_policy",
 ]
