@@ -25,6 +25,7 @@ from gnomon.policies import (
     Sketch,
     SkipSublayers,
     Teal,
+    TealAttention,
 )
 from gnomon.predictors import Sketch as SketchPredictor
 from gnomon.predictors.calibration import Calibration
@@ -47,6 +48,7 @@ policies = {
     "cats": Cats(calibration, neurons),
     "chess": Chess(calibration, half),
     "teal": Teal(calibration, half),
+    "teal_attention": TealAttention(calibration, Sketch(copies, half)),
     "skip_sublayers": SkipSublayers(Budget(heads=0.75), predictor=calibration, choose="similarity"),
     "ffsplit": FFSplit(calibration, heavy=0.25, rest="int4"),
     "core": Core(calibration, Griffin(neurons), share=0.2),

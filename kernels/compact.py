@@ -156,9 +156,7 @@ if triton is not None:
         before = 0
         for start in range(0, first, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            kept = _kept(
-                value_ptr, threshold_ptr, j, first, unit_stride, HAS_THRESHOLD, PASSING
-            )
+            kept = _kept(value_ptr, threshold_ptr, j, first, unit_stride, HAS_THRESHOLD, PASSING)
             before += tl.sum(kept, axis=0)
         j = first + tl.arange(0, PART)
         kept = _kept(value_ptr, threshold_ptr, j, N, unit_stride, HAS_THRESHOLD, PASSING)

@@ -94,6 +94,9 @@ POLICIES: dict[str, Make] = {
     "chess": lambda m, b: policies.Chess(calibration(m), b),
     "chess-ffn": lambda m, b: policies.Chess(calibration(m), neurons(b), attention=False),
     "teal": lambda m, b: policies.Teal(calibration(m), b),
+    "teal-of-sketch": lambda m, b: policies.TealAttention(
+        calibration(m), policies.Sketch(predictor(m, "sketch").quantize(), b)
+    ),
     "skip-attention": lambda m, b: policies.SkipSublayers(replace(b, neurons=None)),
     "skip-ffn": lambda m, b: policies.SkipSublayers(neurons(b), what="ffn"),
     "core-of-shadow": lambda m, b: policies.Core(

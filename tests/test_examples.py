@@ -40,7 +40,7 @@ def test_add_criterion(tmp_path: Path) -> None:
 def test_training_free(tmp_path: Path) -> None:
     lines = run("training_free.py", cwd=tmp_path)
     found = {line.split(":")[0]: line.split() for line in lines if " bytes " in line}
-    assert len(found) == 10
+    assert len(found) == 11
     assert found["sketch"][2] == "1.00" and found["sketch"][4] == "0.50"
     assert found["griffin"][2] == "1.00" and found["griffin"][4] == "0.50"
     assert found["skip_sublayers"][2] == found["combined"][2] == "0.75"

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gnomon.engine.active import Active, Key, StepDecider
 from gnomon.engine.lists import Lists
-from gnomon.engine.passing import Passing
+from gnomon.engine.passing import InputChannels, Passing
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.kernels.cpu_library import library
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.learned import Learned
+from gnomon.policies.teal_attention import TealAttention
 from gnomon.policies.threshold import Threshold
 from gnomon.predictors.linear import LinearStack
 
@@ -183,6 +184,8 @@ def decider(policy: Policy | None, spec: HostSpec, lists: Lists) -> StepDecider:
         return Dense()
     if policy.refresh != "token":
         return Fixed(policy, spec, lists)
+    if type(policy) is TealAttention:
+        return InputChannels(policy.thresholds, spec, decider(policy.inner, spec, lists))
     if Fused.fits(policy):
         assert isinstance(policy, Learned)
         return Fused(policy, spec, lists)

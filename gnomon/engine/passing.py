@@ -12,12 +12,66 @@ from torch import Tensor
 from gnomon.accounting import Role
 from gnomon.engine.active import Active, Channels, StepDecider
 from gnomon.engine.lists import Lists
-from gnomon.host import HostSpec, UnitKind
+from gnomon.host import HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy
+from gnomon.policies.teal_attention import TealAttention
 from gnomon.policies.threshold import Threshold
 
 
-class Passing(StepDecider):
+def thresholds_of(policy: Policy) -> Threshold | None:
+    """The thresholds that a policy compares input channels with; None where it has none."""
+    if type(policy) is TealAttention:
+        return policy.thresholds
+    return policy if isinstance(policy, Threshold) else None
+
+
+class InputChannels(StepDecider):
+    """Input channels that exceed a threshold; which units run, another decider says.
+
+    Args:
+        policy: bound; its thresholds.
+        spec: the host's.
+        units: decides about units; None keeps them all.
+    """
+
+    def __init__(self, policy: Threshold, spec: HostSpec, units: StepDecider | None = None) -> None:
+        super().__init__()
+        self.channels = policy.thresholded
+        self.cuts: dict[tuple[Role, int], Tensor] = {
+            (role, i): policy.channel_cut(role, i) for role in self.channels for i in range(spec.L)
+        }
+        self._units = units or StepDecider()
+        self.taps, self.sets = self._units.taps, self._units.sets
+
+    def begin(self, position: Tensor, live: Tensor) -> None:
+        """Forgets the step before."""
+        self._units.begin(position, live)
+        self.inputs.clear()
+
+    def see(self, tap: Tap, hidden: Tensor) -> None:
+        """Passes it on."""
+        self._units.see(tap, hidden)
+
+    def reads_gate(self, layer: int) -> bool:
+        """Whether units are decided from it."""
+        return self._units.reads_gate(layer)
+
+    def see_gate(self, layer: int, gate: Tensor) -> None:
+        """Passes it on."""
+        self._units.see_gate(layer, gate)
+
+    def active(self, kind: UnitKind, layer: int) -> Active | None:
+        """The other decider's."""
+        return self._units.active(kind, layer)
+
+    def cut(self, role: Role, layer: int, x: Tensor) -> Tensor:
+        """The policy's; x stays at hand for whoever asks afterwards what was read."""
+        cut = self.cuts[role, layer]
+        self.inputs[role, layer] = Channels(x, cut)
+        return cut
+
+
+class Passing(InputChannels):
     """A policy that keeps what exceeds a threshold, and nothing else.
 
     Args:
@@ -27,14 +81,9 @@ class Passing(StepDecider):
     """
 
     def __init__(self, policy: Threshold, spec: HostSpec, lists: Lists) -> None:
-        super().__init__()
+        super().__init__(policy, spec)
         self._lists = lists
-        self.channels = policy.thresholded
-        layers = range(spec.L)
-        self.cuts: dict[tuple[Role, int], Tensor] = {
-            (role, i): policy.channel_cut(role, i) for role in self.channels for i in layers
-        }
-        found = {i: policy.gate_cut(i) for i in layers}
+        found = {i: policy.gate_cut(i) for i in range(spec.L)}
         self.gate_cuts = {i: cut for i, cut in found.items() if cut is not None}
 
     @staticmethod
@@ -70,12 +119,6 @@ class Passing(StepDecider):
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """Decided when the gate was seen."""
         return self.sets.get((kind, layer))
-
-    def cut(self, role: Role, layer: int, x: Tensor) -> Tensor:
-        """The policy's; x stays at hand for whoever asks afterwards what was read."""
-        cut = self.cuts[role, layer]
-        self.inputs[role, layer] = Channels(x, cut)
-        return cut
 
 
 def _definer(cls: type, name: str) -> type:

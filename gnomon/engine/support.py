@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from gnomon.engine.ops import Ops, ops
-from gnomon.engine.passing import Passing
+from gnomon.engine.passing import Passing, thresholds_of
 from gnomon.host import HostSpec, UnsupportedHostError, weight
 from gnomon.kernels.launch import interpreted
 from gnomon.kernels.select import triton
 from gnomon.policies.base import Policy
-from gnomon.policies.threshold import Threshold
 
 SMALLEST = 512  # tokens of the smallest context bucket
 
@@ -108,7 +107,7 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} looks at the values that it decides about: it exists under "
             "backend=mask alone and has no decode engine"
         )
-    if policy.channels and not isinstance(policy, Threshold):
+    if policy.channels and thresholds_of(policy) is None:
         raise UnsupportedPolicyError(
             f"policy={policy.name} skips input channels by a rule of its own, and the decode "
             "engine compares them with thresholds alone: use gnomon.sparsify with generate()"
@@ -136,13 +135,14 @@ def require_channels(policy: Policy, int8: bool) -> None:
     A scale of int8 weights belongs to an output of q, k, v, gate and up, and a threshold's kernel
     applies those of input channels.
     """
-    if not isinstance(policy, Threshold) or not policy.thresholded:
+    thresholds = thresholds_of(policy)
+    if thresholds is None or not thresholds.thresholded:
         return
-    own = policy.thresholded
+    own = thresholds.thresholded
     attention, ffn = own & {"q", "k", "v"}, own - {"q", "k", "v", "out"}
     whole = {"up", "down"} | ({"gate"} if policy.spec.gated else set())
     served = attention in ({"q"}, {"q", "k", "v"}, set()) and ffn in (whole, set())
-    if not (served and Passing.fits(policy)) or (ffn and policy.table is not None):
+    if not (served and Passing.fits(thresholds)) or (ffn and thresholds.table is not None):
         raise UnsupportedPolicyError(
             f"policy={policy.name} skips input channels of {', '.join(sorted(own))}, which the "
             "fused decode step does not do together: use gnomon.sparsify with generate()"

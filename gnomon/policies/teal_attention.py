@@ -12,6 +12,7 @@ not, and a policy that knows which neurons will matter loses less on an FFN than
 from __future__ import annotations
 
 from dataclasses import replace
+
 from torch import Tensor, nn
 
 from gnomon.accounting import Density, Role
