@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):  # without a GPU, Triton kernels run in their interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import ipaddress  # noqa: E402
 import socket  # noqa: E402
@@ -73,6 +74,16 @@ def _guard(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, address, *rest)
 
     return connect
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives to the end: garbage is not looked for in it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +28,8 @@ from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.folder import load_predictor, write_folder
 from gnomon.sensitivity import ranking
 from gnomon.tiny import tiny_host
+from scripts import call
 
-ROOT = Path(__file__).resolve().parent.parent
 # The worked example of docs/budget.md: L=2, H=4, F=8. Layer 1 loses three times as much.
 EXAMPLE = Sensitivity(
     "cett", (0.0, 0.5), ((1.0, 0.25), (3.0, 0.75)), ((1.0, 0.25), (3.0, 0.75)), source="by hand"
@@ -172,7 +169,7 @@ def test_density_is_met_and_one_is_dense(name: str) -> None:
 def test_compute_backends_equal_mask(name: str, backend: str) -> None:
     model, _, _ = host(num_hidden_layers=3, intermediate_size=32)
     budget = calibrated(density=0.6, sensitivity=measured(model))
-    forced = text(2, more=1)
+    forced = text(2, more=1 if backend == "torch" else 0)
     masked = steps(model, POLICIES[name](model, budget), "mask", forced)
     assert_same(steps(model, POLICIES[name](model, budget), backend, forced), masked)
 
@@ -278,13 +275,9 @@ def test_a_folder_keeps_them_and_older_ones_still_load(tmp_path: Path) -> None:
 
 def test_train_and_evaluate_end_to_end(tmp_path: Path) -> None:
     small = ["host=tiny", "text=synthetic", "text.block=48", f"paths.root={tmp_path}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    def run(script: str, *words: str) -> str:
-        command = [sys.executable, str(ROOT / script), *small, *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().splitlines()[-1]
+    def run(script: str, *words: str) -> Path:
+        return call(script, *small, *words, cwd=tmp_path).last
 
     small_pass = ["text.tokens=2304", "predictor.sensitivity_tokens=96", "predictor.grid=[0.5]"]
     run("train.py", "predictor=calibration", *small_pass, "predictor.sensitivity=loss")
@@ -292,11 +285,11 @@ def test_train_and_evaluate_end_to_end(tmp_path: Path) -> None:
     quick += ["policy=static", "policy.predictor=auto", "budget.density=null"]
     quick += ["budget.spread=calibrated", "budget.heads=1"]
     quick += ["measure.quality.brackets=[oracle,random]"]
-    results = read_results(Path(run("evaluate.py", *quick, "budget.bytes=0.9")))
+    results = read_results(run("evaluate.py", *quick, "budget.bytes=0.9"))
     assert results["policy"]["params"]["sensitivity"]["measure"] == "loss"
     assert results["density"]["byte_density"] == pytest.approx(0.9, abs=0.02)
     assert {b["policy"] for b in results["brackets"]} == {"oracle", "random"}
     assert "warnings" not in results
     dial = run("evaluate.py", *quick, "budget.max_ppl_increase=0.05", "validation.steps=3")
-    search = read_results(Path(dial))["policy"]["params"]["search"]
+    search = read_results(dial)["policy"]["params"]["search"]
     assert search["found"]["ratio"] <= 1.05

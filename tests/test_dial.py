@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from gnomon.evaluation import baseline, bench, dial, run
 from gnomon.evaluation.results import read_results
 from gnomon.policies import Dense, Griffin, Oracle
 from gnomon.tiny import tiny_host
+from scripts import call
 
-ROOT = Path(__file__).resolve().parent.parent
 ALLOW = Budget(max_ppl_increase=0.02)
 TEXT = SyntheticText(block=48, tokens=192)
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 64}
@@ -220,14 +217,12 @@ def test_text_that_is_evaluated_is_never_searched(tmp_path) -> None:
 
 
 def test_evaluate_py_finds_budgets_in_a_sweep(tmp_path) -> None:
-    command = [sys.executable, str(ROOT / "evaluate.py"), "-m", "host=tiny", "text=synthetic"]
+    command = ["-m", "host=tiny", "text=synthetic"]
     command += ["text.block=48", "text.tokens=96", "protocol.prompt=24", "policy=random,oracle"]
     command += ["policy.predictor=null", "budget.density=null", "budget.max_ppl_increase=0.05"]
     command += ["validation.steps=3", "measure.quality.generation.tokens=0"]
     command += ["measure.quality.brackets=[]", f"paths.root={tmp_path}"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    done = call("evaluate.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [read_results(p) for p in sorted(tmp_path.glob("runs/**/results.json"))]
     assert [r["policy"]["name"] for r in found] == ["random", "oracle"]

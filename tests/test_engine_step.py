@@ -200,7 +200,7 @@ def test_sparse_step_is_the_mask(family: str, batch: int, own: bool) -> None:
 def test_triton_step_is_the_torch_step(
     family: str, batch: int, rows: int, device: torch.device
 ) -> None:
-    model, spec = host(family, num_hidden_layers=2)
+    model, spec = host(family, num_hidden_layers=2 if batch < 8 else 1)
     model.to(device)
     ids = torch.randint(0, 256, (batch, PROMPT + STEPS), device=device)
     masks, sets = draw(spec, rows, torch.Generator().manual_seed(1))
@@ -211,8 +211,9 @@ def test_triton_step_is_the_torch_step(
         for decider in (KeepAll(), chosen) if batch == 2 else (chosen,):
             if decider is chosen:
                 _forget_unselected(weights, spec, masks)
+            steps = 2 if batch == 2 and decider is chosen else 1
             a, b = (
-                run(model, spec, weights, past, ids, decider, name, steps=2 if batch == 2 else 1)
+                run(model, spec, weights, past, ids, decider, name, steps=steps)
                 for name in ("torch", "triton")
             )
             assert relative_rms(b, a) < TOLERANCE[torch.float32]

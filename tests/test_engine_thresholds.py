@@ -110,7 +110,7 @@ def test_triton_agrees_with_the_mask(
     model.to(device)
     policy, ids = POLICIES[name](model, HALF), ids_of(rows, 6).to(device)
     with Engine(model, policy, batch=rows, backend="triton", context=32) as engine:
-        found = agree(engine, model, policy, ids, 3)
+        found = agree(engine, model, policy, ids, 2)
     assert_same(found, 1e-4 if device.type == "cuda" else EXACT)
 
 
@@ -125,14 +125,15 @@ def test_density_one_is_the_dense_engine(name: str) -> None:
         assert relative_rms(found, model(ids_of()).logits[:, -1]) < EXACT
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("backend", "rows"), [("torch", 1), ("torch", 3), ("triton", 1), ("triton", 2)]
+)
 @pytest.mark.parametrize(("name", "family"), [*((n, "llama") for n in THRESHOLDS), ("teal", "opt")])
 def test_what_does_not_pass_is_not_read(
     name: str, family: str, rows: int, backend: str, device: torch.device
 ) -> None:
     """Rule 2: after the decision, weights of what no sequence keeps may be anything."""
-    model, _ = tiny_host(family, num_hidden_layers=2, intermediate_size=96)
+    model, _ = tiny_host(family, num_hidden_layers=2)
     policy = POLICIES[name](model.to(device), Budget(density=0.3))
     ids = ids_of(rows).to(device)
     with Engine(model, policy, batch=rows, backend=backend, context=32) as engine:

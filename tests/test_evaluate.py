@@ -36,6 +36,7 @@ from gnomon.predictors.shadow import Shadow
 from gnomon.predictors.static import Static as LearnedMask
 from gnomon.tiny import tiny_host
 from gnomon.tracking import folder_sha256
+from scripts import call
 
 ROOT = Path(__file__).resolve().parent.parent
 _LEARNED = {"recall": 0.8, "mass": 0.9, "spearman": 0.6}
@@ -437,17 +438,17 @@ def test_brackets_take_a_spread_they_offer():
     assert bracket_budget("oracle", budget).spread in ("layer", "global")
 
 
-def command(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, str(ROOT / "evaluate.py"), *overrides]
-    environment = {**os.environ, "GNOMON_ROOT": str(tmp_path / "outputs")}
-    return subprocess.run(
-        call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
 @pytest.mark.slow
 def test_script_runs_anywhere_and_ends_with_the_path_of_its_results(tmp_path):
-    done = command(tmp_path, "experiment=smoke_eval", "measure.quality.generation.tokens=0")
+    words = ["experiment=smoke_eval", "measure.quality.generation.tokens=0"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "GNOMON_ROOT": str(tmp_path / "outputs")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.rstrip().splitlines()[-1])
     results = read_results(path)
@@ -456,33 +457,17 @@ def test_script_runs_anywhere_and_ends_with_the_path_of_its_results(tmp_path):
     assert (path.parent / "layers.png").exists()
 
 
-@pytest.mark.slow
-def test_script_does_not_hide_hugging_face_evaluate(tmp_path):
-    (tmp_path / "evaluate").mkdir()
-    (tmp_path / "evaluate" / "__init__.py").write_text("STUB = True")
-    code = (
-        f"import sys, runpy; sys.path[:0] = [{str(ROOT)!r}, '', {str(tmp_path)!r}];"
-        "sys.argv = ['evaluate.py', '--cfg', 'job'];"
-        f"runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__');"
-        "import evaluate; assert evaluate.STUB"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "generation:" in done.stdout
-
-
-@pytest.mark.slow
-def test_sweep_writes_one_table_and_figure(tmp_path):
+def test_sweep_writes_one_table_and_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("GNOMON_ROOT", str(tmp_path / "outputs"))
     train_shadow(tmp_path / "outputs")
-    done = command(
-        tmp_path,
+    done = call(
+        "evaluate.py",
         "-m",
         "experiment=smoke_eval",
         "policy=shadow,random",
         "budget.density=0.75,0.9",
         "measure.quality.generation.tokens=0",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.rstrip().splitlines()[-1]).parent

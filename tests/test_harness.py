@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import gnomon
 from cases import POLICIES
 from gnomon.budget import Budget
+from gnomon.evaluation import harness
 from gnomon.evaluation import tasks as module
 from gnomon.evaluation.harness import ask, load_tasks, open_lm
 from gnomon.evaluation.results import read_results
@@ -293,7 +295,10 @@ def test_bad_tasks_are_named_before_the_host_is_loaded(tmp_path: Path, folder: P
 
 
 @pytest.mark.slow
-def test_names_of_the_hub_are_checked_and_a_missing_hub_is_named() -> None:
+def test_names_of_the_hub_are_checked_and_a_missing_hub_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(harness, "_manager", cache(harness._manager))  # reads thousands of files
     with pytest.raises(ValueError, match=r"tasks\.names='piqqa' is unknown .*near it: piqa"):
         load_tasks(["piqqa"], None)
     with pytest.raises(ValueError, match=r"tasks\.names='piqa' could not be fetched .*tasks\.path"):

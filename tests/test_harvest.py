@@ -360,6 +360,16 @@ from gnomon.data.sources import SyntheticText
 from gnomon.host import Tap, describe
 from gnomon.tiny import tiny_host
 
+if "two" in sys.argv:  # as torchrun sets them; forked, they share the time that imports take
+    os.environ["WORLD_SIZE"] = "2"
+    forked = []
+    for rank in range(2):
+        os.environ["RANK"] = str(rank)
+        forked.append(os.fork())
+        if forked[-1] == 0:
+            break
+    else:
+        sys.exit(max(os.waitpid(child, 0)[1] for child in forked) != 0)
 rank = int(os.environ.get("RANK", "0"))
 slow = float(sys.argv[2].split(",")[min(rank, sys.argv[2].count(","))])
 Path(f"{sys.argv[1]}-pid-{rank}").write_text(str(os.getpid()))
@@ -463,10 +473,10 @@ def test_a_part_is_handed_in_again_to_a_new_launch(
     assert found[1]["launch"] == first.launch
 
 
-def torchrun(job: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(job), str(out), *(settings or ("0",))]  # fmt: skip
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+def start_two(job: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
+    """Two processes at one harvest; tests/test_ddp.py has them of torchrun."""
+    command = [sys.executable, str(job), str(out), *(settings or ("0",)), "two"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -479,7 +489,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trace folder that two processes made."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "job.py").write_text(JOB)
-    finish(torchrun(folder / "job.py", folder / "two"))
+    finish(start_two(folder / "job.py", folder / "two"))
     return folder / "two"
 
 
@@ -487,20 +497,20 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_killed_and_resumed(tmp_path: Path, job: Path, two: Path) -> None:
     """The second process is done and waits when all are killed; then a shard of it is lost."""
     out = tmp_path / "killed"
-    process = torchrun(job, out, "1,0")
+    process = start_two(job, out, "1,0")
     deadline = time.monotonic() + 60
     while not (out / "part-1.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.kill()
-    for rank in range(2):  # torchrun's processes outlive it when it is killed
+    for rank in range(2):  # they outlive what started them
         os.kill(int(Path(f"{out}-pid-{rank}").read_text()), signal.SIGKILL)
     process.communicate()
     assert not (out / "manifest.json").exists()
     lost = out / "train-r1-00003.safetensors"
     lost.unlink()
 
-    finish(torchrun(job, out, "0", "late"))
+    finish(start_two(job, out, "0", "late"))
     assert TraceStore.open(out, SPEC).hash == TraceStore.open(two, SPEC).hash
     assert not list(out.glob("part-*")) and not (out / LAUNCH).exists()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train.py", "evaluate.py")
 
 
 @pytest.fixture
@@ -85,17 +84,18 @@ def test_transformers_without_pypi_kernels() -> None:
     assert run("-c", code).split() == ["False"]
 
 
-def test_script_helps_beside_both_packages(stubs: Path) -> None:
-    assert "host" in run("train.py", "--help", site=stubs)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_takes_the_root_off_the_path(stubs: Path, script: str) -> None:
-    """After a root script has started, bare names reach the installed packages."""
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [("train.py", ["--help"], "host"), ("evaluate.py", ["--cfg", "job"], "generation:")],
+)
+def test_script_takes_the_root_off_the_path(
+    stubs: Path, script: str, words: list[str], said: str
+) -> None:
+    """It starts beside both packages, and afterwards bare names reach them."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{script!r}, '--help']\n"
-        "sys.path[0] = ''\n"
+        f"sys.argv = {[script, *words]!r}\n"
+        f"sys.path[:1] = [{str(ROOT)!r}, '']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: pass\n"
         "import evaluate, kernels, importlib.util\n"
@@ -103,6 +103,7 @@ def test_script_takes_the_root_off_the_path(stubs: Path, script: str) -> None:
         "print('BARE', [importlib.util.find_spec(n) for n in ('train', 'predictors', 'conf')])\n"
     )
     out = run("-c", code, site=stubs)
+    assert said in out
     assert "FOUND hf evaluate 0.18.2" in out
     assert "BARE [None, None, None]" in out
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,8 +28,8 @@ from gnomon.predictors.calibration import POINTS, Calibration
 from gnomon.predictors.folder import find_predictor, load_predictor
 from gnomon.runtime.backends import choose_backend
 from gnomon.tiny import tiny_host
+from scripts import call
 
-ROOT = Path(__file__).resolve().parent.parent
 HALF = Budget(density=0.5)
 NEURONS = Budget(neurons=0.5)
 
@@ -356,34 +353,16 @@ def test_a_folder_gives_the_same_thresholds_and_refuses_other_hosts(tmp_path: Pa
         find_predictor(tmp_path, describe(tiny_host("llama", seed=5)[0]), Calibration)
 
 
-def test_train_measures_and_evaluate_finds_it(tmp_path: Path) -> None:
-    env = {**os.environ, "GNOMON_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
-
-    def job(script: str, *overrides: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), "host=tiny", "text=synthetic", *overrides],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.strip().splitlines()[-1]
-
-    small = ("text.block=64", "text.tokens=1024")
-    folder = Path(job("train.py", "predictor=calibration", *small))
+def test_train_measures_and_evaluate_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GNOMON_ROOT", str(tmp_path))
+    small = ("host=tiny", "text=synthetic", "text.block=64", "text.tokens=1024")
+    folder = call("train.py", "predictor=calibration", *small, cwd=tmp_path).last
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    results = Path(
-        job(
-            "evaluate.py",
-            "policy=chess",
-            "budget.density=0.5",
-            "protocol.prompt=32",
-            "measure.quality.generation.tokens=0",
-            "measure.quality.brackets=[static,random]",
-            *small,
-        )
-    )
+    asked = ("policy=chess", "budget.density=0.5", "protocol.prompt=32")
+    quick = ("measure.quality.generation.tokens=0", "measure.quality.brackets=[static,random]")
+    results = call("evaluate.py", *small, *asked, *quick, cwd=tmp_path).last
     found = gnomon.evaluation.results.read_results(results)
     assert found["policy"]["predictor"]["class"] == "calibration"
     assert found["density"]["heads"] == 1.0

@@ -22,6 +22,7 @@ from gnomon import train
 from gnomon.host import describe
 from gnomon.predictors import find_predictor
 from gnomon.tiny import tiny_host
+from scripts import call
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -255,11 +256,5 @@ def test_smoke_from_another_folder(tmp_path: Path) -> None:
 
 
 def test_unknown_override_fails_cleanly(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "experiment=smoke", "density.heads=2"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = call("train.py", "experiment=smoke", "density.heads=2", cwd=tmp_path)
     assert done.returncode == 2 and "density.heads=2" in done.stderr
