@@ -91,19 +91,28 @@ class BoundaryLM(HFLM):
     def _logits(self, rows: Sequence[Row]) -> list[Tensor]:
         """Logits (answer, V) of every row, from one forward padded on the right."""
         lengths = [len(tokens) for tokens, _ in rows]
-        width = max(lengths)
+        least = self._least_prompt
+        width = max(least, *lengths)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, (tokens, _) in enumerate(rows):
             ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
+            mask[i, : max(least, len(tokens))] = 1
         first = min(column for _, column in rows)
         keep = {"logits_to_keep": width - first} if self._keeps else {}
-        logits = self._forward(ids, mask, torch.tensor([c + 1 for _, c in rows]), keep)
+        prompts = torch.tensor([max(least, column + 1) for _, column in rows])
+        logits = self._forward(ids, mask, prompts, keep)
         offset = width - logits.shape[1]
         return [
             logits[i, column - offset : lengths[i] - offset] for i, (_, column) in enumerate(rows)
         ]
+
+    @property
+    def _least_prompt(self) -> int:
+        """Tokens that a prompt must have. A policy that decides from all of them but the last has
+        nothing in a context of one: the token after it counts as the prompt's last then."""
+        deciding = self.session is not None and self.session.policy.refresh == "prompt"
+        return 2 if deciding else 1
 
     def _forward(self, ids: Tensor, mask: Tensor, prompts: Tensor, keep: dict[str, int]) -> Tensor:
         """One cacheless forward of ids (B, T) with prompts of (B,) tokens."""
