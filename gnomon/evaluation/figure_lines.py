@@ -55,7 +55,7 @@ def lines_of(rows: Sequence[Row]) -> Lines:
     }
     lines: dict[str, dict[tuple[float, ...], list[Row]]] = {}
     for row in rows:
-        extra = [str(row[key]) for key in varying[row["policy"]] if key in row]
+        extra = [str(row[key]) for key in varying[row["policy"]] if row.get(key)]
         if grid and row["policy"] != "dense_int8":
             heads = row["target_heads"]
             extra.append("heads dense" if heads == 1 else f"heads {heads:g}")
