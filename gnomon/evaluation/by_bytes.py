@@ -45,7 +45,7 @@ def _name(row: Row, rows: Sequence[Row]) -> str:
     """The policy, with its predictor's objective where predictors of several were swept."""
     objectives = {r.get("objective") for r in rows if r["policy"] == row["policy"]} - {None}
     said = len(objectives) > 1 and "objective" in row
-    return f"{row['policy']} ({row['objective']})" if said else row["policy"]
+    return f"{row['policy']} ({row['objective']})" if said and row["objective"] else row["policy"]
 
 
 def _cell(
