@@ -35,7 +35,7 @@ if __name__ == "__main__":  # kernels.py here must not answer to Hugging Face's 
     sys.path[:] = [str(here / "support"), *others]
 
 from decode_parts import POLICIES, THRESHOLDS, Bench, RandomCache
-from step_account import account, part_bytes, parts_of, record
+from step_account import account, by_name, part_bytes, parts_of, record
 
 from gnomon.accounting import Density
 from gnomon.budget import Budget
@@ -74,11 +74,6 @@ def run(cfg: Any, write: Callable[[dict[str, Any]], None]) -> list[str]:
     limit = Limit(cfg.limit_s)
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    if cfg.profile and THRESHOLDS & set(cfg.policies):
-        raise ValueError(
-            f"profile=true does not tell the launches of {', '.join(sorted(THRESHOLDS))} apart: "
-            "leave these policies out"
-        )
     if cfg.profile and not cuda:
         raise ValueError("profile=true reads the launches of a CUDA graph: use device=cuda")
     unknown = [name for name in cfg.policies if name not in POLICIES]
@@ -151,7 +146,9 @@ def _row(
         if bench.cfg.profile:
             for one in (dense.engine, engine):  # makes room for the steps that are recorded
                 dense.start(one, ids)
-            extra["account"] = _accounts(policy, dense.engine, engine, kept, cell)
+            extra["launches"] = by_name(record(engine.step))
+            if name not in THRESHOLDS:  # whose parts its order of launches does not tell
+                extra["account"] = _accounts(policy, dense.engine, engine, kept, cell)
 
     row, kept = decode_row(bench.model, policy, dense, ids, cell, look)
     threshold = isinstance(policy, Threshold)

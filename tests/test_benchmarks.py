@@ -131,7 +131,6 @@ def test_the_limit_leaves_out_and_says_so():
         ("shapes=[gpt]", r"shape='gpt' is unknown; use one of llama-2-7b"),
         ("cache=none", r"cache='none' is unknown"),
         ("profile=true", r"profile=true .* use device=cuda"),
-        ("profile=true policies=[teal]", r"profile=true does not tell the launches of cats, ch"),
         ("steps=10", r"speed.steps=10: use 50 or more"),
     ],
 )
@@ -213,6 +212,10 @@ def test_an_account_adds_up_to_the_step():
     assert by_part["kvq"]["launches"] == LAYERS
     assert by_part["kvq"]["gbps"] == pytest.approx(4000 / 4 / 1e3)
     assert by_part[account.DECISION]["launches"] == 1
+    named = account.by_name([*kernels, account.Kernel("void copy<float, 4>", 5.0, 1.0)])
+    assert named["void copy"] == {"launches": 1, "us": 5.0}
+    assert sum(own["us"] for own in named.values()) == 2.0 * len(kernels) + 5.0
+    assert sum(own["launches"] for own in named.values()) == len(kernels) + 1
 
 
 def test_the_script_runs_and_writes_rows(tmp_path):

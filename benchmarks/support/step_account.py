@@ -62,6 +62,16 @@ def record(step: Callable[[], object]) -> list[Kernel]:
     return [_median(runs[1:], i) for i in range(len(names[-1]))]
 
 
+def by_name(kernels: Sequence[Kernel]) -> dict[str, dict[str, float]]:
+    """Name of a kernel -> its launches in a step, and the microseconds credited to all of them."""
+    found: dict[str, dict[str, float]] = {}
+    for kernel in kernels:
+        own = found.setdefault(kernel.name.partition("<")[0], {"launches": 0, "us": 0.0})
+        own["launches"] += 1
+        own["us"] += kernel.us
+    return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+
+
 def parts_of(names: Sequence[str], embedding: int | None = None) -> list[str]:
     """The part of every kernel of a step.
 
