@@ -52,6 +52,7 @@ all=$all,variants/skip_layers,variants/skip_similar,ffsplit,variants/ffsplit_int
 dejavu=policy.predictor="$OUT/bce/dejavu,$OUT/kl/dejavu50,$OUT/kl/dejavu30" shadow=policy.predictor="$OUT/bce/shadow,$OUT/kl/shadow50"
 sweep decode policy=$all
 sweep decode policy=sketch policy.predictor="$OUT/sketch" hydra.sweep.subdir='k${hydra.job.num}-${now:%f}'
+sweep decode policy=teal_attention policy.params.inner.predictor="$OUT/sketch" hydra.sweep.subdir='t${hydra.job.num}-${now:%f}'
 sweep decode policy=dejavu policy.predictor="$OUT/bce/dejavu" hydra.sweep.subdir='d${hydra.job.num}-${now:%f}'
 sweep decode policy=shadow policy.predictor="$OUT/bce/shadow" hydra.sweep.subdir='s${hydra.job.num}-${now:%f}'
 heads="budget.heads=1.0 budget.bytes=0.9,0.8,0.7,0.65"

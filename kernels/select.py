@@ -8,9 +8,10 @@ In segments of 256 units each segment keeps its own best, which needs no pass ov
 
 A program holds a row's scores in registers as integers of the same order and narrows an interval
 round the k-th largest until exactly k are above: by where the counts at its ends say that it lies
-(on the scale of scores, and on that of their bits) and every fourth time by halves. Several
-programs find the same cut of one row, and each lists a part of it: finding it takes one as long
-as writing the list. Rows longer than a block are read again (from L1 and L2) at every trial.
+(on the scale of scores, and on that of their bits), every fourth time and after twelve of them by
+halves, so that there are at most 44 trials, and some eleven for well spread scores. Several
+programs find the same cut of one row, and each lists a part of it: finding it takes one as long as
+writing the list. Rows longer than a block are read again (from L1 and L2) at every trial.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ if triton is not None:
         last = _flipped(high).to(tl.float32, bitcast=True)
         value = first + (last - first) * share
         by_value = _flipped(value.to(tl.int32, bitcast=True))
-        kind = trial % 4
-        found = tl.where(kind == 3, middle, tl.where(kind == 2, by_bits, by_value))
+        guess = tl.where(trial % 4 == 2, by_bits, by_value)
+        found = tl.where((trial % 4 == 3) | (trial >= 12), middle, guess)
         return tl.minimum(tl.maximum(found, low + 1), high)
 
     @triton.jit

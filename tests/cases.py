@@ -97,6 +97,9 @@ POLICIES: dict[str, Make] = {
     "teal-of-sketch": lambda m, b: policies.TealAttention(
         calibration(m), policies.Sketch(predictor(m, "sketch").quantize(), b)
     ),
+    "teal-of-context": lambda m, b: policies.TealAttention(
+        calibration(m), policies.Shadow(predictor(m, tap=Tap(0, "attn_context")), b)
+    ),
     "skip-attention": lambda m, b: policies.SkipSublayers(replace(b, neurons=None)),
     "skip-ffn": lambda m, b: policies.SkipSublayers(neurons(b), what="ffn"),
     "core-of-shadow": lambda m, b: policies.Core(

@@ -48,7 +48,9 @@ def call(script: str, *words: str, cwd: Path) -> Done:
         with redirect_stdout(out), redirect_stderr(err):
             main()
     except SystemExit as end:
-        status = int(end.code or 0)
+        if isinstance(end.code, str):  # what the interpreter would print
+            err.write(end.code)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         os.chdir(before[0])
         sys.argv, log.level, log.handlers[:] = before[1:]

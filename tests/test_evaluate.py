@@ -133,9 +133,10 @@ def test_a_run_writes_valid_results_with_brackets_and_metrics(tmp_path):
 
 def test_settings_of_a_measure_that_was_not_chosen_stay_behind(tmp_path):
     """experiment=compare says something of quality; measure=[tasks] leaves it out."""
-    config = settings(tmp_path, "dense", measure={"quality": {"brackets": []}})
+    config = settings(tmp_path, "dense", measure__quality__brackets=[])
+    config["measure"] |= {"tasks": {"brackets": []}, "speed": None}
     results = run.evaluate(config, tmp_path / "run", "x").results
-    assert "texts" not in results.get("quality", {})
+    assert results["quality"]["texts"] and "speed" not in results
 
 
 def test_dense_has_ratio_one_and_everything_kept(tmp_path):

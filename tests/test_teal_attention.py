@@ -95,3 +95,18 @@ def test_the_engine_takes_this_rule_and_no_derived_one() -> None:
         assert isinstance(engine.decider, InputChannels)
     with pytest.raises(UnsupportedPolicyError, match="by a rule of its own"):
         Engine(model, Other(*parts), context=32)
+
+
+def test_a_fused_linear_is_counted_for_each_of_its_roles() -> None:
+    """q, k and v of Phi-3 are one linear: gathered, they read what the mask says that they read."""
+    model, _ = tiny_host("phi3")
+    kept = []
+    for backend in ("mask", "torch"):
+        policy = policies.TealAttention(calibration(model), policies.Random(Budget(density=0.5)))
+        with torch.no_grad(), gnomon.sparsify(model, policy, backend, prompt_length=20) as session:
+            model.generate(
+                IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=256, eos_token_id=None
+            )
+        kept.append(session.density().channels)
+    assert set(kept[0]) == {"q", "k", "v", "out"} and kept[0]["q"] < 1
+    assert kept[1] == pytest.approx(kept[0], abs=0.02)

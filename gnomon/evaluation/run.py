@@ -83,7 +83,9 @@ def evaluate(settings: Mapping[str, Any], folder: Path, command: str) -> Outcome
     policy, budget = settings["policy"], instantiate(settings["budget"])
     require_policy(policy["name"])
     # An experiment may hold settings of a measure that was not chosen.
-    chosen = [measure for measure in settings["measure"].values() if "_target_" in measure]
+    chosen = [
+        measure for measure in settings["measure"].values() if measure and "_target_" in measure
+    ]
     measures = [instantiate(measure) for measure in chosen]
     for measure in measures:
         if isinstance(measure, Tasks):  # before the host is loaded

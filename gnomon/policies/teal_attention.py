@@ -36,19 +36,29 @@ class TealAttention(Wrapper):
 
     Raises:
         ValueError: an inner policy that decides once per sequence, has no budget for heads, or
-            skips input channels itself.
+            skips input channels itself; a budget whose density differs between layers, or for
+            groups of heads.
     """
 
     name = "teal_attention"
     accepts = Calibration
 
     def __init__(self, predictor: Calibration, inner: Policy) -> None:
-        if inner.channels or inner.refresh != "token" or inner.kinds != KINDS:
+        wrong = _unfit(inner)
+        if wrong:
             raise ValueError(
-                f"policy={self.name} thresholds at every token round a policy that chooses heads "
-                f"and neurons at every token, and policy={inner.name} with refresh={inner.refresh} "
-                "does not: use sketch, shadow, dejavu, oracle or random inside"
+                f"policy={self.name} goes round a policy that chooses heads and neurons at every "
+                f"token, and policy={inner.name} {wrong}: use sketch, shadow, dejavu, oracle or "
+                "random inside"
             )
+        for field, value, offered in (
+            ("spread", inner.budget.spread, "layer"),
+            ("head_unit", inner.budget.head_unit, "head"),
+        ):
+            if value != offered:
+                raise ValueError(
+                    f"policy={self.name} does not offer budget.{field}={value!r}: use {offered}"
+                )
         super().__init__(inner)
         self.channels = ATTENTION
         self.thresholds = Teal(predictor, inner.budget)
@@ -85,6 +95,15 @@ class TealAttention(Wrapper):
     def predictor_bytes(self) -> float:
         """The inner policy's, and a threshold for each layer and linear."""
         return self.inner.predictor_bytes + 4.0 * self.spec.L * len(self.channels)
+
+
+def _unfit(inner: Policy) -> str:
+    """Why a policy cannot be inside; empty where it can."""
+    if inner.channels:
+        return "skips input channels itself"
+    if inner.refresh != "token":
+        return f"decides with refresh={inner.refresh}"
+    return "" if inner.kinds == KINDS else f"decides {', '.join(inner.kinds)} alone"
 
 
 def _inside(budget: Budget) -> Budget:

@@ -17,7 +17,7 @@ of q, k and v are computed: a zero among them would change the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -145,18 +145,18 @@ class Gathered:
         undo: list[Callable[[], None]] = []
         try:
             for i, layer in enumerate(self.spec.layers):
-                channels = {
-                    path: role for role, path in self.session.channels.thresholded(i).items()
-                }
+                channels: dict[str, list[Role]] = {}  # a fused linear has several roles
+                for role, path in self.session.channels.thresholded(i).items():
+                    channels.setdefault(path, []).append(role)
                 for side, kind, tap, path in self._sides(i, layer):
                     if path in channels:
                         continue
                     linear = module(self.model, path)
                     forward = partial(self._run, side, kind, i, tap, path, linear)
                     undo.append(_replace(linear, forward))
-                for path, role in channels.items():
+                for path, roles in channels.items():
                     linear = module(self.model, path)
-                    undo.append(_replace(linear, partial(self._read, role, i, linear)))
+                    undo.append(_replace(linear, partial(self._read, roles, i, linear)))
             yield
         finally:
             for put_back in undo:
@@ -182,16 +182,22 @@ class Gathered:
         yield "columns", "neurons", None, layer.down
 
     def _read(
-        self, role: Role, layer: int, linear: nn.Module, original: Forward, x: Tensor
+        self,
+        roles: Sequence[Role],
+        layer: int,
+        linear: nn.Module,
+        original: Forward,
+        x: Tensor,
     ) -> Tensor:
-        """A linear that reads chosen channels of the sparse tail's input."""
+        """A linear that reads chosen channels of the sparse tail's input, for all its roles."""
         session = self.session
         if not session.gathers:
             return original(x)
         assert isinstance(linear, nn.Linear)
         rows, start = session.hooks.rows(x), session.start
         tail = rows[:, start:]  # one token per row: what is read differs between tokens
-        kept = Kept(session.channels.read(role, layer, tail)[:, 0], None, False)
+        keep, *_ = [session.channels.read(role, layer, tail) for role in roles]
+        kept = Kept(keep[:, 0], None, False)
         bias = None if linear.bias is None else linear.bias.detach()
         weight = self._transpose(linear)
         tail = self.gather.columns(tail[:, 0], weight, bias, kept.index(1))[:, None]

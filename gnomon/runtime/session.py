@@ -72,12 +72,12 @@ class Session:
             for layer in range(spec.L):
                 self.hooks.on_units(kind, layer, self._masker(kind, layer))
         self.channels = Channels(self)
-        self.channels.hook(self.hooks)
         if policy.reads_gate:
             for layer in range(spec.L):
                 self.hooks.on_branch(layer, "gate", partial(self._decisions.see_gate, layer))
         for tap in policy.taps():  # after the masks: a context is read without its skipped heads
             self.hooks.on_tap(tap, partial(self._decisions.see, tap))
+        self.channels.hook(self.hooks)  # after the taps, which read the whole input
 
     def density(self) -> Density:
         """Achieved densities over all sparse positions so far (padding excluded)."""

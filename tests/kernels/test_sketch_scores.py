@@ -30,9 +30,9 @@ SHAPES = [
     pytest.param(1, 1, 1, id="one"),
     pytest.param(1, 70, 17, id="odd"),
     pytest.param(1, 576, 5, id="three-tiles"),
-    pytest.param(3, 40, 5, id="three-rows"),
+    pytest.param(3, 40, 9, id="three-rows"),
     pytest.param(4, 264, 4, id="four-rows"),
-    pytest.param(5, 31, 3, id="two-groups"),
+    pytest.param(5, 31, 9, id="two-groups"),
 ]
 
 

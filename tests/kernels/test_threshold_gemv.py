@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gathered import poison, weights
+from gathered import DTYPES, poison, weights
 from gnomon.kernels import cpu_threshold
 from gnomon.kernels.gather_common import activate
 from gnomon.kernels.threshold_gemv import (
@@ -43,8 +43,14 @@ def threshold(kind: str, width: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize(
     ("dtype", "cut"),
-    [(dtype, cut) for dtype in (torch.float32, torch.int8) for cut in CUTS]
-    + [(dtype, cut) for dtype in (torch.bfloat16, torch.float16) for cut in ("some", "channel")],
+    [
+        (dtype, cut)
+        for dtype in DTYPES
+        for cut in CUTS
+        if dtype in (torch.float32, torch.int8)  # in the interpreter, which is slow, others less
+        or cut in ("some", "channel")
+        or torch.cuda.is_available()
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("batch", "width", "n"), SHAPES)
