@@ -77,9 +77,13 @@ def test_what_cannot_be_inside_is_refused() -> None:
         policies.Teal(made, half),
         policies.Cats(made, neurons(half)),
         policies.Static(predictor(model), half),
+        policies.SkipSublayers(layers=[1], inner=sketch(model, half)),
     ):
         with pytest.raises(ValueError, match="use sketch, shadow, dejavu, oracle or random"):
             policies.TealAttention(made, inner)
+    for budget in (Budget(density=0.5, spread="global"), Budget(density=0.5, head_unit="group")):
+        with pytest.raises(ValueError, match=r"teal_attention does not offer budget\."):
+            policies.TealAttention(made, policies.Random(budget))
     with pytest.raises(ValueError, match="needs a calibration"):
         policies.TealAttention(predictor(model), sketch(model, half))  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ from gnomon.accounting import Density, Role
 from gnomon.budget import Budget
 from gnomon.host import KINDS, HostSpec, UnitKind
 from gnomon.policies.base import Policy
+from gnomon.policies.skip_sublayers import SkipSublayers
 from gnomon.policies.teal import Teal
 from gnomon.policies.wrap import Wrapper
 from gnomon.predictors.calibration import Calibration
@@ -101,6 +102,11 @@ def _unfit(inner: Policy) -> str:
     """Why a policy cannot be inside; empty where it can."""
     if inner.channels:
         return "skips input channels itself"
+    part = inner
+    while isinstance(part, Wrapper):
+        if isinstance(part, SkipSublayers):
+            return "skips sublayers (put skip_sublayers round teal_attention)"
+        part = part.inner
     if inner.refresh != "token":
         return f"decides with refresh={inner.refresh}"
     return "" if inner.kinds == KINDS else f"decides {', '.join(inner.kinds)} alone"
