@@ -10,8 +10,8 @@ A program holds a row's scores in registers as integers of the same order and na
 round the k-th largest until exactly k are above: by where the counts at its ends say that it lies
 (on the scale of scores, and on that of their bits), every fourth time and after twelve of them by
 halves, so that there are at most 44 trials, and some eleven for well spread scores. Several
-programs find the same cut of one row, and each lists a part of it: finding it takes one as long as
-writing the list. Rows longer than a block are read again (from L1 and L2) at every trial.
+programs find the same cut of one row, and each lists a part of it. Rows longer than a block are
+read again (from L1 and L2) at every trial.
 """
 
 from __future__ import annotations

@@ -230,3 +230,22 @@ def test_the_script_runs_and_writes_rows(tmp_path):
     row = json.loads(out.read_text())
     assert (row["op"], row["shape"]) == ("select_topk", "tiny")
     assert row["command"].startswith("python benchmarks/kernels.py shapes=[tiny]")
+
+
+def test_shared_runs_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"word{i}" for i in range(40)]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text(json.dumps({"text": " ".join(words[:20])}) + "\n")
+    rows = [" ".join(words[5:20]).upper() + ", " + " ".join(words[30:40]), " ".join(words[:12])]
+    test.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    monkeypatch.setitem(sys.modules, "prepare_text", module("prepare_text"))
+    overlap = module("overlap")
+    monkeypatch.setattr(sys, "argv", ["overlap.py", f"file:{train}", f"file:{test}"])
+    overlap.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["runs"], found["in_training_text"]) == (25 - 12, 15 - 12)
+    monkeypatch.setattr(sys, "argv", ["overlap.py", f"file:{train}"])
+    with pytest.raises(SystemExit, match=r"python benchmarks/overlap.py"):
+        overlap.main()
