@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py shapes=[llama-2-7b] policies=[shadow,prompt] density=[0.5,0.25]
     python benchmarks/decode.py shapes=[llama-3-8b] policies=[teal,chess,cats] density=[0.7,0.5]
+    python benchmarks/decode.py shapes=[llama-2-7b] policies=[shadow,griffin,teal] bytes=[0.7]
     python benchmarks/decode.py shapes=[opt-30b] policies=[shadow] heads=0.5 neurons=0.075
     python benchmarks/decode.py batch=[8,24] context=[3968] heads=0.5 neurons=1 cache=random
 
@@ -38,6 +39,7 @@ from decode_parts import POLICIES, THRESHOLDS, Bench, RandomCache
 from step_account import account, by_name, part_bytes, parts_of, record
 
 from gnomon.accounting import Density
+from gnomon.accounting import account as bytes_of
 from gnomon.budget import Budget
 from gnomon.engine.decide import Fused
 from gnomon.engine.engine import Engine
@@ -123,14 +125,15 @@ def _cell(
     start = RandomCache(bench, cell) if cfg.cache == "random" else from_prompt
     dense = open_dense(bench.model, ids, cell, **settings, start=start)
     for name, budget in _budgets(cfg):
-        label = f"{bench.shape} {name} {budget.target('heads')}/{budget.target('neurons')}"
+        label = f"{bench.shape} {name} {_aim(budget)}"
         if limit.over(f"{label} batch {cell.batch} context {cell.context}"):
             continue
         try:
             row = _row(bench, name, budget, dense, ids, cell)
         except (ValueError, torch.OutOfMemoryError) as error:
             row = {"error": _first(error)}
-        write({"shape": bench.shape, "policy": name, **row})
+        aimed = {} if budget.bytes is None else {"bytes": budget.bytes}
+        write({"shape": bench.shape, "policy": name, **aimed, **row})
         _free()
     dense.engine.close()
 
@@ -163,6 +166,7 @@ def _row(
         "density": _densities(kept.each),
         "groups": kept.each.groups,
         "union": _densities(kept.union),
+        "byte_density": bytes_of(policy, kept.each).byte_density,
         "rank": None if policy.predictor is None or threshold else bench.cfg.rank,
         "host": {"dtype": "int8" if bench.cfg.int8 else bench.cfg.dtype, "weights": "random"},
         "cache": bench.cfg.cache,
@@ -213,12 +217,22 @@ def _accounts(
 
 
 def _budgets(cfg: Any) -> Iterator[tuple[str, Budget]]:
-    """Every policy at every density; what has no density once."""
+    """Every policy at every density, or byte density; what has none once."""
     fixed = cfg.heads is not None and cfg.neurons is not None
     base = Budget(density=1.0, heads=cfg.heads, neurons=cfg.neurons, head_unit=cfg.head_unit)
+    field = "density" if cfg.bytes is None else "bytes"
     for name in cfg.policies:
-        for density in [1.0] if fixed or name == "dense_int8" else cfg.density:
-            yield name, replace(base, density=density)
+        if fixed or name == "dense_int8":
+            yield name, base
+            continue
+        for value in cfg[field]:
+            yield name, replace(base, **({"density": None} | {field: value}))
+
+
+def _aim(budget: Budget) -> str:
+    if budget.bytes is not None:
+        return f"bytes {budget.bytes:g}"
+    return f"{budget.target('heads')}/{budget.target('neurons')}"
 
 
 def _tokens(bench: Bench, cell: Cell) -> Tensor:

@@ -94,6 +94,18 @@ def test_decode_of_thresholds_placed_on_the_random_host(rows):
     json.dumps(found)
 
 
+def test_decode_at_equal_bytes():
+    names = ["griffin", "glass", "teal", "teal_attention", "dense_int8"]
+    found, left_out = decode(f"policies=[{','.join(names)}]", "bytes=[0.95,0.9]")
+    assert left_out == []
+    assert [row["policy"] for row in found] == [n for n in names[:-1] for _ in "12"] + names[-1:]
+    assert [row.get("bytes") for row in found] == [0.95, 0.9] * 4 + [None]
+    for row in found[:-1]:
+        assert row["byte_density"] == pytest.approx(row["bytes"], abs=0.03)
+    out_of_reach, _ = decode("policies=[griffin]", "bytes=[0.5]")
+    assert "cannot be reached" in out_of_reach[0]["error"]
+
+
 def test_one_calibration_serves_every_row():
     bench = module("decode").Bench.build(config("decode", *TIMES), "tiny", torch.device("cpu"))
     made = bench.calibration()

@@ -23,12 +23,16 @@ from gnomon.policies import (
     Chess,
     DejaVu,
     DenseInt8,
+    Glass,
+    Griffin,
     Policy,
     Random,
     Shadow,
     Sketch,
+    SkipSublayers,
     Static,
     Teal,
+    TealAttention,
 )
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
@@ -144,15 +148,20 @@ POLICIES: dict[str, Make] = {
     "prompt_keep": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch),
     "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),
     "static_keep": lambda b, k: Static(b.means(), k, b.cfg.policy_batch),
+    "griffin": lambda b, k: Griffin(_neurons(k), b.cfg.policy_batch),
+    "glass": lambda b, k: Glass(b.means(), _neurons(k), b.cfg.policy_batch),
+    "skip_attention": lambda b, k: SkipSublayers(k, what="attention"),
+    "skip_layers": lambda b, k: SkipSublayers(k, what="layer"),
     "random": lambda b, k: Random(k, batch=b.cfg.policy_batch),
     "cats": lambda b, k: Cats(b.calibration(), _neurons(k)),
     "chess": lambda b, k: Chess(b.calibration(), k),
     "chess_ffn": lambda b, k: Chess(b.calibration(), _neurons(k), attention=False),
     "teal": lambda b, k: Teal(b.calibration(), k),
+    "teal_attention": lambda b, k: TealAttention(b.calibration(), Sketch(b.sketch(), k)),
     "dense_int8": lambda b, k: DenseInt8(),
 }
 
-THRESHOLDS = {"cats", "chess", "chess_ffn", "teal"}
+THRESHOLDS = {"cats", "chess", "chess_ffn", "teal", "teal_attention"}
 
 
 def _neurons(budget: Budget) -> Budget:
