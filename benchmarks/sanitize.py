@@ -25,6 +25,7 @@ from gnomon.kernels.rowscaled_linear import (
 )
 from gnomon.kernels.select import select_topk
 from gnomon.kernels.sketch_scores import sketch_scores_reference, sketch_scores_triton
+from gnomon.kernels.sketched_ffn import sketched_ffn_reference, sketched_ffn_triton
 from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
 
 DEVICE = torch.device("cuda")
@@ -138,6 +139,14 @@ def sketches(rows: int, width: int, bits: tuple[int, int]) -> None:
         f"sketch_scores {rows} {width} {bits}",
         lambda: sketch_scores_triton(*args).exp(),
         lambda: sketch_scores_reference(*args).exp(),
+    )
+    ordered = sketch_scores_reference(*args).flatten().sort().values
+    up, gate = randn(301, width), randn(301, width) if bits[1] else None
+    weights = (x, ordered[len(ordered) // 2 :][:2].mean()[None], up, gate)
+    check(
+        f"sketched_ffn {rows} {width} {bits}",
+        lambda: sketched_ffn_triton(*weights, *args[1:])[0],
+        lambda: sketched_ffn_reference(*weights, *args[1:])[0],
     )
 
 

@@ -192,23 +192,30 @@ class Sketch(Predictor):
         if not self.quantized:
             parts = [copy.one(layer, code) for copy in self.copies]
             return self._combined(parts, self.floors[:, layer], self.neurons_bias[layer])
-        first, second = self.copies[0], self.copies[1] if self.gated else None
-        found: Tensor = sketch_scores(
-            code.reshape(-1, self.width),
-            first.codes[layer],
-            first.scale[layer],
-            first.bits,
-            self.activation,
-            self.neurons_bias[layer],
-            None if second is None else second.codes[layer],
-            None if second is None else second.scale[layer],
-            0 if second is None else second.bits,
-            None if first.bias is None else first.bias[layer],
-            None if second is None or second.bias is None else second.bias[layer],
-            self.floors[0, layer],
-            None if second is None else self.floors[1, layer],
-        )
+        found: Tensor = sketch_scores(code.reshape(-1, self.width), **self.operands(layer))
         return found.view(*code.shape[:-1], self.F)
+
+    def operands(self, layer: int) -> dict[str, Any]:
+        """What ``sketch_scores`` takes beside x for one layer, rounded as at inference."""
+        first, second = self.copies[0], self.copies[1] if self.gated else None
+        found = {
+            "inner": first.codes[layer],
+            "inner_scale": first.scale[layer],
+            "inner_bits": first.bits,
+            "activation": self.activation,
+            "offset": self.neurons_bias[layer].detach(),
+            "inner_bias": None if first.bias is None else first.bias[layer],
+            "inner_floor": self.floors[0, layer],
+        }
+        if second is None:
+            return found
+        return found | {
+            "linear": second.codes[layer],
+            "linear_scale": second.scale[layer],
+            "linear_bits": second.bits,
+            "linear_bias": None if second.bias is None else second.bias[layer],
+            "linear_floor": self.floors[1, layer],
+        }
 
     def decided_scores(self, inputs: Tensor) -> dict[UnitKind, Tensor]:
         """inputs (R, n_taps, D) -> kind -> (R, L, N); rows train the heads' networks alone."""

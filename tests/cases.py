@@ -85,6 +85,9 @@ POLICIES: dict[str, Make] = {
     "sketch-shared": lambda m, b: policies.Sketch(
         predictor(m, "sketch", bits=3, up_bits=1).quantize(), b, batch="shared"
     ),
+    "sketch-threshold": lambda m, b: policies.Sketch(
+        predictor(m, "sketch").quantize(), b, choose="threshold"
+    ),
     "griffin-prompt": lambda m, b: policies.Griffin(neurons(b)),
     "griffin-sampling-prompt": lambda m, b: policies.Griffin(neurons(b), variant="sampling"),
     "griffin-shared-prompt": lambda m, b: policies.Griffin(neurons(b), batch="shared"),
@@ -119,6 +122,7 @@ POLICIES: dict[str, Make] = {
 }
 GATED_ONLY = ("cats", "chess", "chess-ffn")  # refused on hosts without a gate
 THRESHOLDS = (*GATED_ONLY, "teal")  # met in the mean over calibration tokens
+IN_THE_MEAN = (*THRESHOLDS, "sketch-threshold")  # of whatever text
 
 
 def families_of(name: str) -> list[str]:

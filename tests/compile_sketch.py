@@ -1,4 +1,4 @@
-"""Compiles the launches of ``sketch_scores`` for a Hopper GPU, which takes none: run as a program.
+"""Compiles launches that read few-bit copies for a Hopper GPU, which takes none: run as a program.
 
 The interpreter accepts what the compiler does not. Prints, for each launch, how many FMAs keep
 denormals and how many (those of logarithms and activations) flush them.
@@ -16,25 +16,33 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gnomon.kernels import sketch_gemv
+from gnomon.kernels import sketch_gemv, sketched_ffn
 from gnomon.kernels.sketch_scores import sketch_scores_triton
+from gnomon.kernels.sketched_ffn import sketched_ffn_triton
 from sketches import arguments
 
-KERNEL = sketch_gemv._sketch_kernel
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
 LAUNCHES = [(1, (2, 2), True), (4, (3, 0), False)]
 
 
 class Launches:
-    """Stands for the kernel and compiles what it is launched with."""
+    """Stands for a kernel and compiles what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Launches:
         return self
 
     def __call__(self, *args: Any, num_warps: int, **constants: Any) -> None:
-        given = dict(zip(KERNEL.arg_names, args, strict=False)) | constants | {"PDL": True}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants | {"PDL": True}
         signature, fixed = {}, {}
-        for name in KERNEL.arg_names:
+        for name in self.kernel.arg_names:
             value = given[name]
             signature[name] = "constexpr"
             if name in constants or name == "PDL" or value is None:
@@ -45,7 +53,7 @@ class Launches:
                 signature[name] = "i32" if isinstance(value, int) else "fp32"
         pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
         aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-        source = ASTSource(KERNEL, signature, fixed, aligned)
+        source = ASTSource(self.kernel, signature, fixed, aligned)
         options = {"num_warps": num_warps, "launch_pdl": True}
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         plain, flushing = (len(re.findall(rf"fma\.rn\.{kind}", ptx)) for kind in ("f32", "ftz.f32"))
@@ -53,7 +61,11 @@ class Launches:
 
 
 if __name__ == "__main__":
-    sketch_gemv._sketch_kernel = Launches()
+    sketch_gemv._sketch_kernel = Launches(sketch_gemv._sketch_kernel)
+    sketched_ffn._sketched_kernel = Launches(sketched_ffn._sketched_kernel)
     for m, bits, biases in LAUNCHES:
         x = arguments(m, 576, 40, torch.device("cpu"), bits, "silu", biases, torch.bfloat16)
         sketch_scores_triton(**x)
+        weight = torch.empty(40, 576, dtype=torch.bfloat16)
+        gate = weight if bits[1] else None
+        sketched_ffn_triton(cut=torch.zeros(1), up=weight, gate=gate, **x)

@@ -177,7 +177,8 @@ def test_every_operator_is_checked_then_timed(int8):
         assert row["us"] > 0
         assert row["sets"] >= 4
         assert row["gbps_read_ceiling"] > 0
-        assert row["bytes"] <= row["bytes_dense"]
+        whole = row["op"] == "sketched_ffn" and row["kept"] == 1  # copies beside everything
+        assert whole or row["bytes"] <= row["bytes_dense"]
     halves = {row["op"]: row["speedup_ideal"] for row in rows if row["kept"] == 0.5}
     if int8 == "false":
         assert halves["gathered_ffn"] == pytest.approx(2)

@@ -25,6 +25,7 @@ from gnomon.kernels.rowscaled_linear import (
 )
 from gnomon.kernels.select import select_topk, select_topk_reference
 from gnomon.kernels.sketch_scores import sketch_scores, sketch_scores_reference
+from gnomon.kernels.sketched_ffn import sketched_ffn, sketched_ffn_reference
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,47 @@ def _sketch_scores(m: Make, kept: float) -> Case:
     )
 
 
+def _sketched_ffn(m: Make, kept: float) -> Case:
+    """Neurons scored, decided and computed in one launch, where a dense model has gate and up."""
+    s = m.sizes
+    x, offset = m.inputs(s.D), torch.randn(s.F, device=m.device)
+
+    def copy(bits: int) -> dict[str, Any]:
+        shape = (s.F, row_bytes(s.D, bits))
+        packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=m.device)
+        return {"": packed, "_scale": torch.full((s.F,), s.D**-0.5, device=m.device), "_bits": bits}
+
+    names = ("inner", "linear") if s.gated else ("inner",)
+    copies = {
+        f"{name}{field}": value
+        for name, bits in zip(names, m.cfg.bits, strict=False)
+        for field, value in copy(bits).items()
+    }
+    act = {"activation": "silu" if s.gated else "relu", "offset": offset}
+    cut = _between(sketch_scores_reference(x, **copies, **act).flatten(), kept)
+    (up, up_scale, dense_up), (gate, gate_scale, dense_gate) = (m.matrix(s.F, s.D) for _ in "ug")
+    if not s.gated:
+        gate = gate_scale = dense_gate = None
+    scales = {"up_scale": up_scale, "gate_scale": gate_scale}
+    args = (x, cut, up, gate)
+    return Case(
+        lambda: sketched_ffn(*args, **copies, **act, **scales)[0],
+        lambda: sketched_ffn_reference(*args, **copies, **act, **scales)[0],
+        lambda: _dense_up(x, dense_up, dense_gate),
+        _nbytes(*(t for t in copies.values() if isinstance(t, Tensor)), offset)
+        + kept * _nbytes(up, gate, up_scale, gate_scale),
+        _nbytes(dense_up, dense_gate),
+    )
+
+
+def _between(scores: Tensor, kept: float) -> Tensor:
+    """A cut (1,) that about a share of the scores reaches, in the widest gap of 65 round it."""
+    ordered = scores.sort(descending=True).values
+    near = ordered[max(0, round(kept * len(ordered)) - 33) :][:66]
+    place = int((near[:-1] - near[1:]).argmax())
+    return near[place : place + 2].mean()[None]
+
+
 def _threshold_gemv(m: Make, kept: float) -> Case:
     """Input channels above a threshold (TEAL), of the down projection's shape."""
     from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
@@ -318,5 +360,6 @@ OPS: dict[str, Callable[[Make, float], Case]] = {
     "select_topk": _select_topk,
     "rowscaled_linear": _rowscaled_linear,
     "sketch_scores": _sketch_scores,
+    "sketched_ffn": _sketched_ffn,
     "threshold_gemv": _threshold_gemv,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ class Active:
     """An active set of one layer: R = 1 list for the batch, or one for each of its B sequences.
 
     Attributes:
-        index: (R, S) int32 kept units; entries past the count may be anything.
+        index: (R, S) int32 kept units; entries past the count may be anything. Where S = N and
+            nothing is counted, N itself may stand in the place of a unit that is skipped.
         count: (R,) int32 entries that hold; None for all S.
         slot: (R, N) int32 place of every unit in the list, -1 where it is skipped; of neurons
             it is read only where R > 1.
@@ -63,6 +64,21 @@ class Channels:
         return self.x.float().abs() > self.cut
 
 
+@dataclass(frozen=True)
+class LayerSketch:
+    """What decides the neurons of one layer inside the launch that computes them.
+
+    Attributes:
+        copies: arguments of ``sketch_scores`` but x: few-bit copies of the layer's projections.
+        cut: (1,) fp32 that a score must reach.
+        nothing: (1,) zero, which what the down projection reads must exceed.
+    """
+
+    copies: dict[str, Any]
+    cut: Tensor
+    nothing: Tensor
+
+
 class Decider(Protocol):
     """What a decode step asks: which hidden states are wanted, and which units are active.
 
@@ -82,6 +98,12 @@ class Decider(Protocol):
 
     def see_gate(self, layer: int, gate: Tensor) -> None:
         """Takes act(gate) (B, F) of a layer that is decided from it."""
+
+    def sketch(self, layer: int) -> LayerSketch | None:
+        """What decides the neurons of a layer as they are computed; None: :meth:`active` does."""
+
+    def took(self, layer: int, index: Tensor) -> None:
+        """Takes what such a layer kept: (B, F) int32, the neuron, or F where it was skipped."""
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """The active set, asked just before its first use; None keeps every unit."""
@@ -104,6 +126,13 @@ class KeepAll:
         return False
 
     def see_gate(self, layer: int, gate: Tensor) -> None:
+        """Never called."""
+
+    def sketch(self, layer: int) -> LayerSketch | None:
+        """No layer has one."""
+        return None
+
+    def took(self, layer: int, index: Tensor) -> None:
         """Never called."""
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:

@@ -18,10 +18,12 @@ from torch import Tensor
 from gnomon.engine.active import Active, Key, StepDecider
 from gnomon.engine.lists import Lists
 from gnomon.engine.passing import InputChannels, Passing
+from gnomon.engine.sketched import Sketched
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.kernels.cpu_library import library
 from gnomon.policies.base import Policy, Seen
 from gnomon.policies.learned import Learned
+from gnomon.policies.sketch import Sketch
 from gnomon.policies.teal_attention import TealAttention
 from gnomon.policies.threshold import Threshold
 from gnomon.predictors.linear import LinearStack
@@ -149,7 +151,7 @@ class Fused(StepDecider):
         return (
             isinstance(policy, Learned)
             and policy.refresh == "token"
-            and policy.resolved.fixed_counts
+            and policy.ranks
             and type(policy).scores is Learned.scores
             and type(policy).decide is Policy.decide
         )
@@ -186,6 +188,9 @@ def decider(policy: Policy | None, spec: HostSpec, lists: Lists) -> StepDecider:
         return Fixed(policy, spec, lists)
     if type(policy) is TealAttention:
         return InputChannels(policy.thresholds, spec, decider(policy.inner, spec, lists))
+    if Sketched.fits(policy):
+        assert isinstance(policy, Sketch)
+        return Sketched(policy, spec, lists.device)
     if Fused.fits(policy):
         assert isinstance(policy, Learned)
         return Fused(policy, spec, lists)

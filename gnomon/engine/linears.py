@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gnomon.accounting import Role
-from gnomon.engine.active import Active, Decider
+from gnomon.engine.active import Active, Decider, LayerSketch
 from gnomon.engine.arithmetic import Norm
 from gnomon.engine.ops import Ops
 from gnomon.engine.weights import LayerWeights, Matrix
@@ -134,6 +134,24 @@ class Linears:
         if active is not None and wanted is not None:
             h = torch.where(active.slot >= 0, h, 0)
         return h, active
+
+    def sketched_units(
+        self, layer: int, x: Tensor, w: LayerWeights, norm: Norm, sketch: LayerSketch
+    ) -> Tensor:
+        """The same, (B, F), where a sketch decides them as they are computed; 0 where skipped."""
+        h, index = self.ops.sketched_ffn(
+            self.normed(x, norm),
+            sketch.cut,
+            w.up.weight,
+            None if w.gate is None else w.gate.weight,
+            **sketch.copies,
+            up_bias=w.up_bias,
+            gate_bias=w.gate_bias,
+            up_scale=w.up.scale,
+            gate_scale=None if w.gate is None else w.gate.scale,
+        )
+        self.decider.took(layer, index)
+        return h
 
     def columns(
         self,

@@ -36,7 +36,7 @@ class Lists:
     """
 
     def __init__(self, spec: HostSpec, device: torch.device, backend: str) -> None:
-        self.spec = spec
+        self.spec, self.device = spec, device
         self._topk, self._compact = _SELECT[backend]
         self._slots, self._passing = _SLOTS[backend], _PASSING[backend]
         self._kv = torch.arange(2 * spec.G, dtype=torch.int32, device=device)

@@ -16,6 +16,7 @@ from gnomon.kernels import (
     gathered_ffn,
     norm_add,
     row_gather,
+    sketched_ffn,
     threshold_gemv,
 )
 
@@ -31,6 +32,7 @@ class Ops:
     norm_add: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
     threshold_gemv: Callable[..., Tensor]
+    sketched_ffn: Callable[..., tuple[Tensor, Tensor]]
 
 
 TORCH = Ops(
@@ -41,6 +43,7 @@ TORCH = Ops(
     norm_add.norm_add_reference,
     cpu_attention.decode_attention,
     cpu_threshold.threshold_gemv,
+    sketched_ffn.sketched_ffn_gather,
 )
 TRITON = Ops(
     "triton",
@@ -50,6 +53,7 @@ TRITON = Ops(
     norm_add.norm_add_triton,
     decode_attention.decode_attention_triton,
     threshold_gemv.threshold_gemv_triton,
+    sketched_ffn.sketched_ffn_triton,
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gnomon.accounting import Role
-from gnomon.engine.active import Active, Channels, StepDecider
+from gnomon.engine.active import Active, Channels, LayerSketch, StepDecider
 from gnomon.engine.lists import Lists
 from gnomon.host import HostSpec, Tap, UnitKind
 from gnomon.policies.base import Policy
@@ -59,6 +59,14 @@ class InputChannels(StepDecider):
     def see_gate(self, layer: int, gate: Tensor) -> None:
         """Passes it on."""
         self._units.see_gate(layer, gate)
+
+    def sketch(self, layer: int) -> LayerSketch | None:
+        """The other decider's."""
+        return self._units.sketch(layer)
+
+    def took(self, layer: int, index: Tensor) -> None:
+        """Passes it on."""
+        self._units.took(layer, index)
 
     def active(self, kind: UnitKind, layer: int) -> Active | None:
         """The other decider's."""

@@ -166,7 +166,12 @@ class _Step(Linears):
         math = self.math.layers[layer]
         self._see_normed("ffn_input", layer, x, math.ffn_norm)
         residual = None if _is(math.ffn_post) else x
-        if "up" in self.decider.channels:
+        sketch = self.decider.sketch(layer)
+        if sketch is not None:
+            h, down = self.sketched_units(layer, x, w, math.ffn_norm, sketch), w.down_t
+            how = (w.down_bias, down.scale, torch.float32)
+            y = self.ops.threshold_gemv(h, down.weight, sketch.nothing, *how, residual=residual)
+        elif "up" in self.decider.channels:
             h = self.units(layer, x, w, math.ffn_norm)
             y = self.passing(("down",), layer, h, w.down_t, w.down_bias, residual=residual)
         else:
