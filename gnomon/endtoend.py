@@ -19,6 +19,7 @@ from gnomon.predictors.base import Predictor
 from gnomon.predictors.folder import load_predictor
 from gnomon.predictors.module import PredictorModule
 from gnomon.predictors.objectives import Kl, Objective
+from gnomon.predictors.prior import Prior
 from gnomon.predictors.sketch import Sketch
 from gnomon.predictors.student_module import StudentModule
 from gnomon.runtime.student import Student
@@ -79,8 +80,13 @@ def make_module(
     """The module that fits a predictor: on rows, or on the sparse host where there is a student.
 
     Raises:
-        ValueError: a sketch to be tuned by another objective than ``kl``.
+        ValueError: a sketch to be tuned, or a prior, by another objective than ``kl``.
     """
+    if isinstance(predictor, Prior) and not isinstance(objective, Kl):
+        raise ValueError(
+            f"objective={objective.name} with predictor=prior: its rows have no prompt to weigh "
+            "the prior against: use objective=kl student.refresh=prompt student.protocol=decode"
+        )
     if isinstance(predictor, Sketch) and predictor.tune and not isinstance(objective, Kl):
         raise ValueError(
             f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "

@@ -59,6 +59,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     name: ClassVar[str]
     contents: ClassVar[str] = "It holds no weights of the host."  # for the model card
     learned_means: ClassVar[bool] = False  # its means are scores that it learned, not harvested
+    undecayed: ClassVar[tuple[str, ...]] = ("bias",)  # ends of names that weight decay spares
     registry: ClassVar[dict[str, type[Predictor]]] = {}
     outputs: StackByKind
 

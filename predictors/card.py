@@ -39,7 +39,7 @@ with gnomon.sparsify(model, policy):
 | criterion, granularity, objective | {criterion}, {granularity}, {objective} |
 | traces | {trace_hash} |
 | seed | {seed} |
-| size | {nbytes:,} bytes ({stored}, scaled by row) |
+| size | {nbytes:,} bytes ({stored}) |
 
 ## Held-out metrics
 {metrics}
@@ -69,7 +69,7 @@ def model_card(predictor: Predictor) -> str:
         seed=info.seed,
         nbytes=predictor.nbytes,
         contents=predictor.contents,
-        stored=predictor.stored,
+        stored=_stored(predictor),
         metrics=_metrics(predictor),
     )
 
@@ -77,6 +77,10 @@ def model_card(predictor: Predictor) -> str:
 def _split(facts: Mapping[str, Any]) -> str:
     known = [f"text.{key}={facts[key]}" for key in ("heldout", "seed") if key in facts]
     return f", {', '.join(known)}" if known else ""
+
+
+def _stored(predictor: Predictor) -> str:
+    return predictor.stored + ("" if predictor.stored == "fp32" else ", scaled by row")
 
 
 def _taps(predictor: Predictor) -> str:

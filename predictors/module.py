@@ -131,10 +131,10 @@ class PredictorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimiser; weight decay spares the biases, which hold the fixed choice."""
-        named = list(self.predictor.named_parameters())
+        named, spared = list(self.predictor.named_parameters()), self.predictor.undecayed
         groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in named if not n.endswith("bias")]},
-            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for n, p in named if not n.endswith(spared)]},
+            {"params": [p for n, p in named if n.endswith(spared)], "weight_decay": 0.0},
         ]
         optimizer = self._optimizer(groups)
         if self._scheduler is None:

@@ -21,16 +21,13 @@ from gnomon.predictors.linear import LinearStack, StackByKind
 _TAP = Tap(0, "layer_input")
 
 
-class Static(Predictor):
-    """scores of layer l = b_l.
+class FixedScores(Predictor):
+    """Scores of layer l = b_l for every row; not a predictor of its own.
 
     Args:
         L, H, F: layers, heads and neurons of the host.
         width: W, width of the hidden state that is named as its tap and not used.
     """
-
-    name = "static"
-    learned_means = True
 
     def __init__(self, L: int, H: int, F: int, width: int) -> None:
         super().__init__(L, H, F, width, (_TAP,))
@@ -64,6 +61,13 @@ class Static(Predictor):
         """inputs (R, 1, W) -> kind -> (R, L, N), the same in every row."""
         code = self.encode(_TAP, inputs[:, 0])
         return {kind: self.outputs[kind].shared(code) for kind in KINDS}
+
+
+class Static(FixedScores):
+    """Scores that take the place of means."""
+
+    name = "static"
+    learned_means = True
 
     def quantize(self) -> Self:
         """Ends training: means become the learned scores, exponentials in the same order.

@@ -17,6 +17,7 @@ from gnomon.policies.base import Policy
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu
+from gnomon.predictors.prior import Prior
 from gnomon.predictors.shadow import Shadow
 from gnomon.predictors.sketch import Sketch
 from gnomon.sketching import ffn_weights
@@ -29,8 +30,9 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
     spec = describe(model)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        cls = {"shadow": Shadow, "dejavu": DejaVu, "sketch": Sketch}[kind]
-        sizes = {"rank": 8} | ({"hidden": 16} if kind == "shadow" else {})
+        cls = {"shadow": Shadow, "dejavu": DejaVu, "sketch": Sketch, "prior": Prior}[kind]
+        sizes = {} if kind == "prior" else {"rank": 8}
+        sizes |= {"hidden": 16} if kind == "shadow" else {}
         made = cls.for_host(spec, **(sizes | params))
         with torch.no_grad():
             for p in made.parameters():
@@ -93,6 +95,10 @@ POLICIES: dict[str, Make] = {
     "griffin-shared-prompt": lambda m, b: policies.Griffin(neurons(b), batch="shared"),
     "griffin-magnitude": lambda m, b: policies.Griffin(neurons(b), variant="magnitude"),
     "glass-prompt": lambda m, b: policies.Glass(predictor(m), neurons(b)),
+    "prior-prompt": lambda m, b: policies.Prior(predictor(m, "prior"), neurons(b)),
+    "prior-shared-prompt": lambda m, b: policies.Prior(
+        predictor(m, "prior"), neurons(b), batch="shared"
+    ),
     "cats": lambda m, b: policies.Cats(calibration(m), neurons(b)),
     "chess": lambda m, b: policies.Chess(calibration(m), b),
     "chess-ffn": lambda m, b: policies.Chess(calibration(m), neurons(b), attention=False),

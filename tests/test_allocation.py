@@ -257,7 +257,7 @@ def test_what_is_missing_or_foreign_is_named() -> None:
 
 def test_every_policy_says_whether_it_offers_calibrated() -> None:
     offering = {name for name, cls in CLASSES.items() if "calibrated" in cls.spreads}
-    learned = {"shadow", "dejavu", "sketch"}
+    learned = {"shadow", "dejavu", "sketch", "prior"}
     assert offering == {"oracle", "random", "static", "griffin", "glass"} | learned
 
 

@@ -73,6 +73,7 @@ def assert_same(a: tuple, b: tuple) -> None:
 # interpreter is slow, variants of a policy that is tried on one and two sequences have one of them.
 ONE = ["random-prompt", "dejavu-prompt", "dejavu-lookahead", "chess-ffn", "fallback-of-shadow"]
 TWO = ["shadow-prompt", "shadow-context", "core-of-shadow", "ffsplit-of-shadow", "glass-prompt"]
+TWO += ["prior-prompt"]
 TWO += [name for name in NAMES if "shared" in name or "griffin-" in name]
 PAIRS = [
     (rows, name, families_of(name)[(i + shift) % len(families_of(name))], backend)

@@ -195,6 +195,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         predictor(model),
         predictor(model, "dejavu"),
         predictor(model, "sketch"),
+        predictor(model, "prior"),
     ):
         write_folder(made, root / made.name)
     return model, describe(model), root

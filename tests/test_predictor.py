@@ -17,6 +17,7 @@ from gnomon.predictors import (
     DejaVu,
     Predictor,
     PredictorInfo,
+    Prior,
     Shadow,
     Sketch,
     Static,
@@ -33,6 +34,7 @@ CASES: list[tuple[type[Any], dict[str, Any]]] = [
     (DejaVu, {"rank": 8, "lookahead": 1, "heads_site": "ffn_input", "activation": True}),
     (DejaVu, {"rank": 8, "heads_site": "attn_input", "neurons_site": "attn_input"}),
     (Static, {}),
+    (Prior, {}),
     (Sketch, {"rank": 8}),
     (Sketch, {"bits": 3, "up_bits": 1, "heads_site": "attn_input"}),
 ]
@@ -186,7 +188,9 @@ def test_damaged_folders_are_refused(spec: HostSpec, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="outputs.heads.q.*rank"):
         load_predictor(written(params=config["params"] | {"rank": 9}))
-    with pytest.raises(ValueError, match="known are calibration, dejavu, shadow, sketch, static"):
+    with pytest.raises(
+        ValueError, match="known are calibration, dejavu, prior, shadow, sketch, static"
+    ):
         load_predictor(written(**{"class": "oracle"}))
     with pytest.raises(ValueError, match="params do not fit"):
         load_predictor(written(params={"L": 3}))

@@ -1,4 +1,4 @@
-"""Policies that decide from a statistic of the whole prompt: GRIFFIN and GLASS."""
+"""Policies that decide from a statistic of the whole prompt: GRIFFIN, GLASS and the prior."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gnomon.engine.engine import Engine
 from gnomon.hooks import HostHooks
 from gnomon.host import describe
 from gnomon.kernels.topk_mask import topk_mask
-from gnomon.policies import Glass, Griffin, Static
+from gnomon.policies import Glass, Griffin, Prior, Static
 from gnomon.policies.griffin import flocking
 from gnomon.tiny import tiny_host
 
@@ -211,13 +211,15 @@ def test_magnitude_ranks_the_weights_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", ["griffin", "shared", "glass"])
+@pytest.mark.parametrize("name", ["griffin", "shared", "glass", "prior", "prior-shared"])
 def test_the_engine_decides_the_same_sets(name: str, rows: int) -> None:
     model, _ = tiny_host("llama")
     policy = {
         "griffin": lambda: Griffin(HALF),
         "shared": lambda: Griffin(HALF, batch="shared"),
         "glass": lambda: Glass(predictor(model), HALF),
+        "prior": lambda: Prior(predictor(model, "prior"), HALF),
+        "prior-shared": lambda: Prior(predictor(model, "prior"), HALF, batch="shared"),
     }[name]()
     with Engine(model, policy, batch=rows, context=64) as engine:
         found = agree(engine, model, policy, ids_of(rows, 24), 8)

@@ -20,7 +20,7 @@ from gnomon.data.stage import prepare
 from gnomon.endtoend import Settings, make_module, start_from
 from gnomon.host import KINDS, describe
 from gnomon.policies import build_policy
-from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
+from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Prior, Shadow
 from gnomon.predictors import Static as StaticPredictor
 from gnomon.predictors.objectives import Bce, Kl, Mse, Objective, Ranking
 from gnomon.predictors.schedule import cosine_warmup
@@ -35,7 +35,9 @@ BOTH = {"heads": 0.75, "neurons": 0.5}
 def predictor(cls: type[Any] = DejaVu) -> Predictor:
     torch.manual_seed(0)
     spec = describe(tiny_host()[0])
-    made: Predictor = cls.for_host(spec, **({} if cls is StaticPredictor else {"rank": 16}))
+    made: Predictor = cls.for_host(
+        spec, **({} if cls in (StaticPredictor, Prior) else {"rank": 16})
+    )
     made.info = PredictorInfo(host=spec.name, spec_hash=spec.hash, criterion="magnitude")
     return made
 
@@ -190,6 +192,27 @@ def test_a_fixed_mask_is_learned_and_used_by_the_static_policy(tmp_path: Path) -
             build_policy("static", Budget(density=0.5, spread=spread), back)
     with pytest.raises(ValueError, match="use policy=static"):
         build_policy("shadow", Budget(density=0.5), back)
+
+
+def test_a_prior_is_learned_beside_the_statistic_of_prompts(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"refresh": "prompt", "protocol": "decode", "lr": 5e-2}
+    net = predictor(Prior)
+    found = fitted(net, Kl(balanced=True), 40, **how)["student"]
+    assert found["kl"] < 0.9 * found["start"]["kl"] == pytest.approx(0.9 * untouched(), rel=1e-3)
+    assert found["kl"] == found["float"]["kl"]  # nothing of it is rounded
+    assert isinstance(net, Prior) and bool((net.slope != 1).all())
+    folder = save(net, tmp_path / "p", net.info)
+    again = predictor(Prior)
+    start_from(again, str(folder), describe(tiny_host()[0]))
+    warm = fitted(again, Kl(), 1, warm=True, **(how | {"lr": 0.0}))["student"]
+    assert warm["start"]["kl"] == pytest.approx(found["kl"], rel=1e-3)
+
+
+def untouched() -> float:
+    """The divergence of a prior that a rate of 0 leaves where it starts."""
+    how: dict[str, Any] = {"refresh": "prompt", "protocol": "decode", "lr": 0.0}
+    kl: float = fitted(predictor(Prior), Kl(), 1, **how)["student"]["kl"]
+    return kl
 
 
 def test_a_kind_that_is_kept_whole_keeps_its_harvested_means() -> None:

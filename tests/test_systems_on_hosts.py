@@ -19,6 +19,7 @@ SYSTEMS = (
     "griffin-prompt",
     "griffin-magnitude",
     "glass-prompt",
+    "prior-prompt",
     "cats",
     "chess",
     "chess-ffn",

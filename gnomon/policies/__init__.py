@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from gnomon.budget import Budget
@@ -18,6 +19,7 @@ from gnomon.policies.ffsplit import FFSplit
 from gnomon.policies.glass import Glass
 from gnomon.policies.griffin import Griffin
 from gnomon.policies.oracle import Oracle
+from gnomon.policies.prior import Prior
 from gnomon.policies.random import Random
 from gnomon.policies.shadow import Shadow
 from gnomon.policies.sketch import Sketch
@@ -31,7 +33,7 @@ POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
     for cls in (
         *(Dense, DenseInt8, Random, Oracle, Static, Shadow, DejaVu, Sketch),
-        *(Griffin, Glass, Cats, Chess, Teal, SkipSublayers, FFSplit),
+        *(Griffin, Glass, Prior, Cats, Chess, Teal, SkipSublayers, FFSplit),
         *(Core, DenseFallback, TealAttention),
     )
 }
@@ -49,7 +51,7 @@ def build_policy(name: str, budget: Budget | None, predictor: Any = None, **para
         **params: the policy's own arguments; those that are None keep their default.
 
     Raises:
-        ValueError: unknown policy, or an argument it does not have.
+        ValueError: unknown policy, an argument it does not have, or a predictor that it lacks.
     """
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} is unknown; use one of {', '.join(POLICIES)}")
@@ -67,6 +69,7 @@ def build_policy(name: str, budget: Budget | None, predictor: Any = None, **para
             "'policy.params.inner={name: shadow, predictor: auto}'"
         )
     needed = {k: v for k, v in extra.items() if k in takes}
+    _require_predictor(name, needed, takes)
     policy = cls(**needed, **{k: v for k, v in given.items() if k in takes})
     if "prefill" in given and "prefill" not in takes:
         policy.set_prefill(given["prefill"])
@@ -77,6 +80,18 @@ def build_policy(name: str, budget: Budget | None, predictor: Any = None, **para
                 f"{getattr(policy, key)!r}"
             )
     return policy
+
+
+def _require_predictor(
+    name: str, needed: Mapping[str, Any], takes: Mapping[str, inspect.Parameter]
+) -> None:
+    for key in ("predictor", "source"):
+        required = key in takes and takes[key].default is inspect.Parameter.empty
+        if required and needed[key] is None:
+            raise ValueError(
+                f"policy.predictor=null: policy={name} needs one; use policy.predictor=auto (it "
+                "says what to train where there is none), a folder or a hub id"
+            )
 
 
 __all__ = [
@@ -93,6 +108,7 @@ __all__ = [
     "Griffin",
     "Oracle",
     "Policy",
+    "Prior",
     "Random",
     "Seen",
     "Shadow",

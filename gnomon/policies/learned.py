@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class Learned(Policy):
     """
 
     name = "learned"
-    refreshes = ("token", "prompt")
+    refreshes: ClassVar[tuple[Refresh, ...]] = ("token", "prompt")
     accepts: type[Predictor] = Predictor
 
     def __init__(

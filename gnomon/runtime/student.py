@@ -2,7 +2,8 @@
 
 Positions are read, units chosen and counts kept by the very code that ``sparsify`` uses: the policy
 that will run the predictor selects them from its detached scores. Scores come from the hidden
-states of the sparse host itself. With hard set m (0 or 1), scores s, their threshold c (the lowest
+states of the sparse host itself, or from the dense units of each row's own prompt where the policy
+observes those. With hard set m (0 or 1), scores s, their threshold c (the lowest
 score kept, detached) and temperature t, a unit tensor is multiplied by
 
     w · (m + soft − detach(soft)) + (1 − w) · soft,     soft = sigmoid((s − c) / t)
@@ -31,6 +32,7 @@ from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies import POLICIES
 from gnomon.policies.base import Refresh, Seen
 from gnomon.policies.learned import Learned
+from gnomon.policies.statistic import PromptStatistic
 from gnomon.predictors.base import Predictor
 from gnomon.runtime.positions import Step, read_step
 
@@ -71,6 +73,7 @@ class _Run:
     learns: bool
     softness: Softness
     visit: Visit | None
+    prompt: PromptStatistic | None
     hidden: dict[Tap, Tensor] = field(default_factory=dict)
     codes: dict[Tap, Tensor] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -107,11 +110,12 @@ class Student:
         protocol: str = "all",
         input_gradient: bool = False,
     ) -> None:
-        _check(predictor, budget, refresh, protocol)
-        self.model, self.spec, self.predictor = model, spec, predictor
-        self.protocol, self.input_gradient = protocol, input_gradient
         chosen = POLICIES.get(predictor.name, Learned)
         kind = chosen if issubclass(chosen, Learned) else Learned
+        _check(predictor, budget, refresh, protocol)
+        _check_offered(kind, budget, refresh)
+        self.model, self.spec, self.predictor = model, spec, predictor
+        self.protocol, self.input_gradient = protocol, input_gradient
         self.policy = kind(predictor, budget, refresh)
         self.policy.bind(model, spec)
         predictor.train()
@@ -163,7 +167,7 @@ class Student:
         """
         start, learns = step.start, torch.is_grad_enabled()
         assert start is not None, "no position is sparse"
-        self._run = _Run(step, start, learns, softness, visit)
+        self._run = _Run(step, start, learns, softness, visit, self._prompt_of(step))
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
             stack.enter_context(torch.set_grad_enabled(learns and visit is None))
@@ -182,6 +186,15 @@ class Student:
             assert watch is not None
             hooks.on_tap(Tap(layer, "layer_input"), partial(watch, layer))
 
+    def _prompt_of(self, step: Step) -> PromptStatistic | None:
+        """An empty statistic of the dense positions, for a policy that observes them."""
+        if not self.policy.observes:
+            return None
+        assert step.decide_at is not None, "prompts have at least 2 tokens"
+        found = PromptStatistic(self.policy.observes, self.policy.observe)
+        found.begin(step.prompt)
+        return found
+
     def _see(self, tap: Tap, hidden: Tensor) -> None:
         assert self._run is not None
         self._run.hidden[tap] = hidden if self.input_gradient else hidden.detach()
@@ -195,7 +208,7 @@ class Student:
             torch.autocast(units.device.type, enabled=False),  # decisions are fp32 at inference too
             torch.set_grad_enabled(run.learns),
         ):
-            scores = self._scores(kind, layer, run)
+            scores = self._scores(kind, layer, units, run)
             if run.visit is not None:
                 run.visit(kind, layer, scores, own, run.sparse)
             mask = self._soft_mask(kind, layer, scores, run).expand(*run.sparse.shape, -1)
@@ -203,8 +216,21 @@ class Student:
         tail = own * (mask[..., None] if kind == "heads" else mask)
         return tail if start == 0 else torch.cat([units[:, :start], tail], dim=1)
 
-    def _scores(self, kind: UnitKind, layer: int, run: _Run) -> Tensor:
+    def _seen(self, run: _Run) -> Seen:
+        """What the policy may look at, without gradients."""
+        return Seen(
+            lambda tap: self._rows(tap, run).detach(),
+            run.step.positions[:, run.start :],
+            run.step.live[:, run.start :],
+            run.memo,
+            prompt=run.prompt,
+        )
+
+    def _scores(self, kind: UnitKind, layer: int, units: Tensor, run: _Run) -> Tensor:
         """Scores (B, T', N), or (B, 1, N) where one decision serves the sequence."""
+        if run.prompt is not None:  # of the whole tensor: prompts are longer than run.start
+            run.prompt.see(kind, layer, units)
+            return self.policy.scores(kind, layer, self._seen(run))
         tap = self.predictor.decided_from(kind, layer)
         assert tap is not None
         if tap not in run.codes:
@@ -221,12 +247,7 @@ class Student:
 
     def _soft_mask(self, kind: UnitKind, layer: int, scores: Tensor, run: _Run) -> Tensor:
         """The mask (B, T' or 1, N) of the module's equation, fp32."""
-        seen = Seen(
-            lambda tap: self._rows(tap, run).detach(),
-            run.step.positions[:, run.start :],
-            run.step.live[:, run.start :],
-            run.memo,
-        )
+        seen = self._seen(run)
         scores = self.policy.combine(kind, scores, seen)
         with torch.no_grad():
             keep = self.policy.select(kind, layer, scores.detach(), seen)
@@ -258,6 +279,21 @@ def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) ->
             f"student.spread={budget.spread!r}: a {predictor.name} predictor scores in layer order "
             "and ranks all layers by calibrated thresholds only: use student.spread=layer"
         )
+
+
+def _check_offered(policy: type[Learned], budget: Budget, refresh: Refresh) -> None:
+    """What the policy that will run the predictor does not do."""
+    if refresh not in policy.refreshes:
+        raise ValueError(
+            f"student.refresh={refresh}: a {policy.name} predictor decides once per sequence, from "
+            "its prompt: use student.refresh=prompt student.protocol=decode"
+        )
+    for kind in KINDS:
+        if kind not in policy.kinds and budget.target(kind) < 1:
+            raise ValueError(
+                f"density.{kind}={budget.target(kind):g}: a {policy.name} predictor decides "
+                f"{', '.join(policy.kinds)} alone: use density.{kind}=1.0"
+            )
 
 
 def _require_trainable(predictor: Predictor) -> None:
