@@ -94,6 +94,15 @@ def test_decode_of_thresholds_placed_on_the_random_host(rows):
     json.dumps(found)
 
 
+def test_decode_of_a_sketchs_thresholds():
+    (row, top), _ = decode("policies=[sketch_threshold,sketch]", "heads=1", "neurons=0.5")
+    assert row["agreement"]["sets"] == 1
+    assert row["agreement"]["logits_rms"] < 1e-5
+    assert top["density"]["neurons"] == 0.5
+    assert row["density"]["neurons"] == pytest.approx(0.5, abs=0.25)
+    assert row["density"]["heads"] == 1
+
+
 def test_decode_at_equal_bytes():
     names = ["griffin", "glass", "teal", "teal_attention", "dense_int8"]
     found, left_out = decode(f"policies=[{','.join(names)}]", "bytes=[0.95,0.9]")

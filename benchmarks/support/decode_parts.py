@@ -34,7 +34,7 @@ from gnomon.policies import (
     Teal,
     TealAttention,
 )
-from gnomon.predictors.base import Predictor
+from gnomon.predictors.base import QUANTILES, Predictor
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 from gnomon.predictors.shadow import Shadow as ShadowPredictor
@@ -81,7 +81,7 @@ class Bench:
                 tensor.random_(0, 127) if whole else tensor.fill_(
                     0.01 * (name.endswith("scale") or name == "neurons_bias")
                 )
-            self._made["sketch"] = made.eval()
+            self._made["sketch"] = _with_quantiles(made.eval(), self.cfg.seed)
         return self._made["sketch"]
 
     def calibration(self) -> Calibration:
@@ -144,6 +144,7 @@ POLICIES: dict[str, Make] = {
     "shadow": lambda b, k: Shadow(b.shadow(), k, "token", b.cfg.policy_batch),
     "dejavu": lambda b, k: DejaVu(b.dejavu(), k, "token", b.cfg.policy_batch),
     "sketch": lambda b, k: Sketch(b.sketch(), k, "token", b.cfg.policy_batch),
+    "sketch_threshold": lambda b, k: Sketch(b.sketch(), k, choose="threshold"),
     "prompt": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch, "drop"),
     "prompt_keep": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch),
     "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),
@@ -162,6 +163,18 @@ POLICIES: dict[str, Make] = {
 }
 
 THRESHOLDS = {"cats", "chess", "chess_ffn", "teal", "teal_attention"}
+
+
+def _with_quantiles(sketch: SketchPredictor, seed: int) -> SketchPredictor:
+    """Places of thresholds: what the codes say of 16 random inputs of unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, sketch.width, generator=generator).to(sketch.floors.device)
+    shares = torch.linspace(0, 1, QUANTILES, device=x.device)
+    for layer in range(sketch.L):
+        scores = sketch.score("neurons", layer, x).flatten()
+        place = (shares * (scores.numel() - 1)).round().long()
+        sketch.quantiles["neurons"][layer] = scores.sort().values[place]
+    return sketch
 
 
 def _neurons(budget: Budget) -> Budget:
