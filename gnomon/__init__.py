@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gnomon import policies as policies
     from gnomon.budget import Budget as Budget
     from gnomon.evaluation.dial import find_budget as find_budget
+    from gnomon.evaluation.split import find_split as find_split
     from gnomon.host import HostSpec as HostSpec
     from gnomon.host import Tap as Tap
     from gnomon.host import describe as describe
@@ -28,6 +29,7 @@ _WHERE = {
     "Tap": "gnomon.host",
     "describe": "gnomon.host",
     "find_budget": "gnomon.evaluation.dial",
+    "find_split": "gnomon.evaluation.split",
     "generate": "gnomon.runtime.generate",
     "load_host": "gnomon.loading",
     "load_predictor": "gnomon.predictors.folder",

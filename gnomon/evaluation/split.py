@@ -1,0 +1,169 @@
+"""The split of a byte budget: which predictor, and how many heads, beside how many neurons.
+
+At a fixed byte density every choice is paid for by the rest: a larger predictor and more heads
+leave fewer bytes for neurons. For each predictor, heads are given up step by step while the loss on
+validation text falls, which is while the bytes are worth more elsewhere; neurons take what is left.
+The best of all points is the split. With ``spread=calibrated`` in the budget its layers have counts
+of their own at every point.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from gnomon.budget import Budget
+from gnomon.data.text import Split, Text
+from gnomon.errors import Refused
+from gnomon.evaluation.baseline import host_key
+from gnomon.evaluation.bench import Bench
+from gnomon.evaluation.quality import Protocol
+from gnomon.host import describe
+from gnomon.policies import Policy
+
+log = logging.getLogger(__name__)
+
+HEADS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One split that was tried; the measured fields are None where the policy refuses it.
+
+    Attributes:
+        name: of the policy or predictor.
+        target: density of heads that was asked for.
+        ratio: perplexity ratio on the validation text.
+        heads, neurons, byte_density, predictor_byte_share: achieved there.
+        refusal: why the policy cannot meet it.
+    """
+
+    name: str
+    target: float
+    ratio: float | None = None
+    heads: float | None = None
+    neurons: float | None = None
+    byte_density: float | None = None
+    predictor_byte_share: float | None = None
+    refusal: str | None = None
+
+    def as_result(self) -> dict[str, Any]:
+        """The fields that are there."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class FoundSplit:
+    """What a search found.
+
+    Attributes:
+        name: of the best policy or predictor.
+        budget: for it: the bytes asked for, with the density of heads.
+        points: all that were tried, in order.
+    """
+
+    name: str
+    budget: Budget
+    points: tuple[Point, ...]
+
+    @property
+    def point(self) -> Point:
+        """The best one."""
+        return _best(self.points)
+
+
+def find_split(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    make_policies: Mapping[str, Callable[[Budget], Policy]],
+    text: Text,
+    budget: Budget,
+    *,
+    heads: Sequence[float] = HEADS,
+    split: Split = "validation",
+    tokens: int | None = None,
+    protocol: str = "decode",
+    prompt: int | None = 256,
+    backend: str = "auto",
+    batch: int = 4,
+) -> FoundSplit:
+    """Finds how heads, neurons and predictor share a byte budget at the least loss.
+
+    Args:
+        model: the host.
+        tokenizer: its tokenizer.
+        make_policies: name -> builds the policy at a budget, e.g. one for each size of predictor.
+        text: where validation documents come from.
+        budget: with ``bytes``; its other fields are kept, and ``heads`` given beside it is not
+            searched.
+        heads: densities of heads that are tried, in this order, until the loss rises.
+        split: which documents of the text.
+        tokens: at most so many; None takes those of the text.
+        protocol: ``decode``, ``all`` or ``published``.
+        prompt: P of each block under ``decode``.
+        backend: of :func:`gnomon.sparsify`.
+        batch: blocks per forward.
+
+    Returns:
+        ``.name`` and ``.budget`` of the best split, and every point.
+
+    Raises:
+        ValueError: a budget without ``bytes``, nothing to choose from, a text without such
+            documents, or a budget that no policy can meet.
+    """
+    _check(make_policies, budget, heads)
+    spec = describe(model)
+    blocks = text.blocks(tokenizer, split, tokens)
+    rules, key = Protocol(protocol, prompt), host_key(model, spec)
+    bench = Bench(model, tokenizer, spec, key, blocks, rules, backend, batch)
+    points: list[Point] = []
+    for name, make in make_policies.items():
+        best: float | None = None
+        for target in _targets(make, budget, heads):
+            point = _measured(bench, name, make, replace(budget, heads=target))
+            points.append(point)
+            log.info("budget.bytes=%g: %s", budget.bytes, point.as_result())
+            if point.ratio is None:
+                continue  # fewer heads may come down to it
+            if best is not None and point.ratio >= best:
+                break
+            best = point.ratio
+    if all(point.ratio is None for point in points):
+        raise ValueError(points[-1].refusal)
+    found = _best(points)
+    return FoundSplit(found.name, replace(budget, heads=found.target), tuple(points))
+
+
+def _check(make_policies: Mapping[str, Any], budget: Budget, heads: Sequence[float]) -> None:
+    if budget.bytes is None:
+        raise ValueError("budget.bytes is not set: give gnomon.Budget(bytes=0.7), what is split")
+    if not make_policies or not heads:
+        raise ValueError("make_policies and heads must each hold something to choose from")
+
+
+def _targets(
+    make: Callable[[Budget], Policy], budget: Budget, heads: Sequence[float]
+) -> Sequence[float]:
+    """Densities of heads to try: the one given, or 1 where the policy keeps them all anyway."""
+    if budget.heads is not None:
+        return [budget.heads]
+    return heads if "heads" in make(replace(budget, heads=1.0)).kinds else [1.0]
+
+
+def _measured(bench: Bench, name: str, make: Callable[[Budget], Policy], budget: Budget) -> Point:
+    try:
+        measured = bench.measure(make(budget), None)
+    except Refused as error:
+        return Point(name, budget.heads or 1.0, refusal=str(error))
+    ratio = bench.perplexity(measured, resamples=0, seed=0).ratio
+    density, account = measured.density, measured.accounting
+    found = (density.heads, density.neurons, account.byte_density, account.predictor_byte_share)
+    return Point(name, budget.heads or 1.0, ratio, *found)
+
+
+def _best(points: Sequence[Point]) -> Point:
+    return min((p for p in points if p.ratio is not None), key=lambda p: p.ratio or 0.0)
