@@ -125,10 +125,17 @@ def sketched_ffn_gather(
     up_scale: Tensor | None = None,
     gate_scale: Tensor | None = None,
 ) -> Found:
-    """The same on a CPU: one operator scores, another computes the rows of those that pass."""
+    """The same on a CPU: one operator scores, another computes the rows of those that pass.
+
+    Elsewhere the reference, as a list would wait for its length.
+    """
     _check(x, cut, up, gate, offset, linear)
     biases = inner_bias, linear_bias, inner_floor, linear_floor
     first = inner, inner_scale, inner_bits, activation, offset
+    if x.device.type != "cpu":
+        rest = (linear, linear_scale, linear_bits, *biases)
+        own = (up_bias, gate_bias, up_scale, gate_scale)
+        return sketched_ffn_reference(x, cut, up, gate, *first, *rest, *own)
     score = sketch_scores(x, *first, linear, linear_scale, linear_bits, *biases)
     keep = score >= cut
     h = score.new_zeros(score.shape)

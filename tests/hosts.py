@@ -31,6 +31,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "hosts.md"
 MARKS = ("<!-- table: python tests/hosts.py -->", "<!-- end of table -->")
 HALF = Budget(density=0.5)
 PLAIN_FFN = ("opt", "gpt2", "gpt_neox", "falcon", "bloom", "phi", "starcoder2")  # no gate
+NO_PLAIN_LINEARS = ("phi3", "gpt2", "glm4")  # of the FFN: fused, or turned
 
 
 @dataclass(frozen=True)

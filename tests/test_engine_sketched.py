@@ -64,8 +64,10 @@ def test_every_density_agrees_with_the_mask(density: float, rows: int) -> None:
 def test_triton_agrees_with_the_mask(family: str, device: torch.device) -> None:
     model, _ = tiny_host(family, num_hidden_layers=2)
     model.to(device)
-    found = agreement(model, sketch(model), 2, backend="triton")
-    assert found["decider"] is Sketched
+    policy, ids = sketch(model), ids_of(2, 6).to(device)
+    with Engine(model, policy, batch=2, context=32, backend="triton") as engine:
+        assert type(engine.decider) is Sketched
+        found = agree(engine, model, policy, ids, 2)
     assert_same(found, 1e-4 if device.type == "cuda" else EXACT)
 
 
