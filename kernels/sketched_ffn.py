@@ -132,17 +132,16 @@ def sketched_ffn_gather(
     _check(x, cut, up, gate, offset, linear)
     biases = inner_bias, linear_bias, inner_floor, linear_floor
     first = inner, inner_scale, inner_bits, activation, offset
+    own = up_bias, gate_bias, up_scale, gate_scale
     if x.device.type != "cpu":
-        rest = (linear, linear_scale, linear_bits, *biases)
-        own = (up_bias, gate_bias, up_scale, gate_scale)
-        return sketched_ffn_reference(x, cut, up, gate, *first, *rest, *own)
+        copies = (*first, linear, linear_scale, linear_bits)
+        return sketched_ffn_reference(x, cut, up, gate, *copies, *biases, *own)
     score = sketch_scores(x, *first, linear, linear_scale, linear_bits, *biases)
     keep = score >= cut
     h = score.new_zeros(score.shape)
     for b in range(x.shape[0]):
         rows = keep[b].nonzero().flatten()
-        own = (activation, up_bias, gate_bias, up_scale, gate_scale)
-        h[b, rows] = ffn_up(x[b : b + 1], up, gate, rows.int(), None, *own)[0]
+        h[b, rows] = ffn_up(x[b : b + 1], up, gate, rows.int(), None, activation, *own)[0]
     return h, _index(keep)
 
 
