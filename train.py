@@ -39,6 +39,7 @@ from gnomon.host import HostSpec
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.objectives import Objective
+from gnomon.predictors.rates import RateFinder
 from gnomon.predictors.sketch import Sketch
 from gnomon.sketching import sketch
 
@@ -114,6 +115,7 @@ def main(cfg: DictConfig) -> None:
         print("fast_dev_run: nothing is saved")
         return
     metrics |= {k: v for k, v in predictor.info.metrics.items() if k == "rounding"}
+    metrics |= {} if module.rate is None else {"rate": module.rate}
     label = objective.label if trainer.global_step else "none"
     info = training.describe_training(spec, label, cfg.seed, data.info, metrics)
     folder = new_folder(cfg, spec, predictor)
@@ -140,6 +142,8 @@ def make_trainer(cfg: DictConfig, checkpoints: Path, objective: Objective) -> pl
         if node.get("monitor") == "auto":
             extra |= dict(zip(("monitor", "mode"), objective.monitor, strict=True))
         callbacks.append(instantiate(node, **extra))
+    if cfg.find_rate is not None:
+        callbacks.append(RateFinder(cfg.find_rate))
     return instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,
         logger=instantiate(cfg.logger) if cfg.logger else False,

@@ -48,6 +48,8 @@ class PredictorModule(pl.LightningModule):
         self.density, self.warm = dict(density), warm
         self.first: dict[UnitKind, int] = {kind: predictor.first(kind) for kind in KINDS}
         self.results: dict[str, Any] = {}
+        self.rate: float | None = None  # that a rate finder found
+        self.finding_rate = False  # while one tries rates that are too high
         self._units: dict[UnitKind, UnitMetrics] = {}
         self._samples: dict[UnitKind, list[Tensor]] = {}
 

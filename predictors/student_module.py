@@ -207,7 +207,7 @@ class StudentModule(PredictorModule):
         return 0.0 if steps == float("inf") else min(1.0, self.global_step / max(1, steps))
 
     def _require_finite(self, loss: Tensor) -> None:
-        if not bool(loss.isfinite()):
+        if not self.finding_rate and not bool(loss.isfinite()):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise ValueError(
                 f"the loss is {float(loss.detach())} at step {self.global_step} with a rate of "

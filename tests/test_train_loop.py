@@ -18,6 +18,7 @@ from gnomon.host import KINDS, HostSpec, Tap
 from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
 from gnomon.predictors.module import PredictorModule
 from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking
+from gnomon.predictors.rates import RateFinder
 from gnomon.predictors.schedule import cosine_warmup
 from gnomon.training import checkpoint_folder, fit, resume_from, save
 
@@ -212,3 +213,37 @@ def test_checkpoints_are_kept_by_configuration(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path, spec, net, config)
     assert folder == checkpoint_folder(tmp_path, spec, net, {"seed": 0, "trainer": {}})
     assert folder != checkpoint_folder(tmp_path, spec, net, {"seed": 1})
+
+
+def test_a_rate_finder_sets_the_rate_and_puts_everything_back(tmp_path: Path) -> None:
+    class Watch(pl.Callback):
+        """The weights and the rate that training begins with."""
+
+        def on_train_batch_start(self, trainer: Any, module: Any, *rest: Any) -> None:
+            if trainer.global_step == 0 and not module.finding_rate:
+                self.weights = [p.detach().clone() for p in module.predictor.parameters()]
+                self.rates = [g["lr"] for g in trainer.optimizers[0].param_groups]
+
+    plain, found = Watch(), Watch()
+    first = module(shadow(), Bce(), lr=1e-9)
+    fit(first, SyntheticRows(), trainer(tmp_path / "a", plain))
+    second = module(shadow(), Bce(), lr=1e-9)
+    fit(second, SyntheticRows(), trainer(tmp_path / "b", RateFinder(40), found))
+    assert second.rate is not None
+    assert 1e-5 < second.rate < 0.2
+    first_step = plain.rates[0] / 1e-9  # of the schedule
+    assert found.rates == [pytest.approx(second.rate * first_step)] * 2
+    for a, b in zip(plain.weights, found.weights, strict=True):
+        assert torch.equal(a, b)
+    assert second.results["neurons"]["recall"] > first.results["neurons"]["recall"] + 0.02
+    assert not list(tmp_path.rglob(".lr_find*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"steps": 10}, "find_rate=10"), ({"least": 1.0}, "least=1.0, greatest=0.1")],
+    ids=["steps", "rates"],
+)
+def test_a_rate_finder_needs_steps_and_rising_rates(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RateFinder(**settings)
