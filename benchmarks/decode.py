@@ -79,6 +79,9 @@ def run(cfg: Any, write: Callable[[dict[str, Any]], None]) -> list[str]:
     if cfg.profile and not cuda:
         raise ValueError("profile=true reads the launches of a CUDA graph: use device=cuda")
     unknown = [name for name in cfg.policies if name not in POLICIES]
+    for field in ("density", "bytes"):
+        if isinstance(cfg[field], int | float):
+            raise ValueError(f"{field}={cfg[field]:g}: give a list, as in {field}=[{cfg[field]:g}]")
     if cfg.cache not in ("prompt", "random"):
         raise ValueError(f"cache={cfg.cache!r} is unknown; use prompt or random")
     if unknown:

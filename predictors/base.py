@@ -58,6 +58,8 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
 
     name: ClassVar[str]
     contents: ClassVar[str] = "It holds no weights of the host."  # for the model card
+    subject: ClassVar[str] = "every attention head and FFN neuron"  # likewise: what it scores
+    reads: ClassVar[str | None] = None  # likewise: what from; None: its taps
     learned_means: ClassVar[bool] = False  # its means are scores that it learned, not harvested
     undecayed: ClassVar[tuple[str, ...]] = ("bias",)  # ends of names that weight decay spares
     registry: ClassVar[dict[str, type[Predictor]]] = {}

@@ -19,7 +19,7 @@ tags:
 ---
 # {name} predictor for {host}
 
-Scores every attention head and FFN neuron of `{host}` ({L} layers, {H} heads, {F} neurons) from
+Scores {subject} of `{host}` ({L} layers, {H} heads, {F} neurons) from
 {taps}, so that Gnomon runs the host without the units that score low. {contents}
 
 ```python
@@ -56,7 +56,8 @@ def model_card(predictor: Predictor) -> str:
         L=predictor.L,
         H=predictor.H,
         F=predictor.F,
-        taps=_taps(predictor),
+        subject=predictor.subject,
+        taps=predictor.reads or _taps(predictor),
         revision=info.revision or "unknown",
         spec_hash=info.spec_hash or "unknown",
         text=info.text or "unknown text",

@@ -42,6 +42,7 @@ class Prior(FixedScores):
     """
 
     name = "prior"
+    subject, reads = "every FFN neuron", "the units of the dense prompt"
     undecayed = ("bias", "slope")
 
     def __init__(self, L: int, H: int, F: int, width: int) -> None:
@@ -66,8 +67,8 @@ class Prior(FixedScores):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a and of b of both kinds."""
-        return self.bytes_for(KINDS)
+        """Bytes of a and of the neurons' b."""
+        return self.bytes_for(("neurons",))
 
     def bytes_for(self, kinds: Sequence[UnitKind]) -> int:
         """Bytes that a decision reads, once per prompt: b of these kinds, and a."""

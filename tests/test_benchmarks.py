@@ -95,6 +95,9 @@ def test_decode_of_thresholds_placed_on_the_random_host(rows):
 
 
 def test_decode_of_a_sketchs_thresholds():
+    (other,), _ = decode("policies=[sketch_threshold]", "bytes=[0.97]")
+    assert other["density"]["heads"] == 1
+    assert other["byte_density"] == pytest.approx(0.97, abs=0.03)
     (row, top), _ = decode("policies=[sketch_threshold,sketch]", "heads=1", "neurons=0.5")
     assert row["agreement"]["sets"] == 1
     assert row["agreement"]["logits_rms"] < 1e-5

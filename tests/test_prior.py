@@ -105,7 +105,7 @@ def test_what_is_read_and_trained_are_a_and_b_through_every_round_trip(tmp_path:
     assert trainable(back.dequantize()) == learned
     assert torch.equal(back.from_statistic(1, s).detach(), before)
     assert made.bytes_for(["neurons"]) == 4 * made.L * (made.F + 1)
-    assert made.nbytes == back.nbytes == 4 * made.L * (made.H + made.F + 1)
+    assert made.nbytes == back.nbytes == 4 * made.L * (made.F + 1)
     assert json.loads((tmp_path / "config.json").read_text())["weights"] == "fp32"
     assert f"{made.nbytes:,} bytes (fp32) |" in (tmp_path / "README.md").read_text()
 

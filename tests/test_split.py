@@ -24,8 +24,13 @@ def fresh() -> None:
     baseline.forget()
 
 
-def find(make: dict[str, Any], budget: Budget = AT, **how: Any) -> split.FoundSplit:
-    model, tokenizer = tiny_host("llama", intermediate_size=96)
+TEN_HEADS = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 10, "head_dim": 4}
+
+
+def find(
+    make: dict[str, Any], budget: Budget = AT, sizes: Any = None, **how: Any
+) -> split.FoundSplit:
+    model, tokenizer = tiny_host("llama", **{"intermediate_size": 96} | (sizes or {}))
     return gnomon.find_split(model, tokenizer, make, TEXT, budget, **({"protocol": "all"} | how))
 
 
@@ -42,13 +47,19 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ratio: Any) -> list[tuple[str, flo
     return tried
 
 
+def test_densities_that_keep_as_many_heads_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = scripted(monkeypatch, lambda name, heads: heads)
+    find(oracles("a"), heads=(1.0, 0.95, 0.8, 0.75, 0.5))  # of four heads
+    assert [heads for _, heads in tried] == [1.0, 0.8, 0.5]
+
+
 def oracles(*names: str) -> dict[str, Any]:
     return dict.fromkeys(names, policies.Oracle)
 
 
 def test_heads_are_given_up_while_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = scripted(monkeypatch, lambda name, heads: 1 + abs(heads - 0.8))
-    found = find(oracles("a"))
+    found = find(oracles("a"), sizes=TEN_HEADS)
     assert [heads for _, heads in tried] == [1.0, 0.9, 0.8, 0.7]
     assert found.budget == Budget(bytes=0.93, heads=0.8)
     assert found.point.ratio == 1
@@ -57,7 +68,7 @@ def test_heads_are_given_up_while_the_loss_falls(monkeypatch: pytest.MonkeyPatch
 def test_the_best_of_several_predictors(monkeypatch: pytest.MonkeyPatch) -> None:
     best = {"small": 1.3, "medium": 1.1, "large": 1.2}
     tried = scripted(monkeypatch, lambda name, heads: best[name] + (1 - heads))
-    found = find(oracles(*best))
+    found = find(oracles(*best), sizes=TEN_HEADS)
     assert found.name == "medium"
     assert found.budget.heads == 1.0
     assert tried == [(name, heads) for name in best for heads in (1.0, 0.9)]
@@ -65,7 +76,7 @@ def test_the_best_of_several_predictors(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_point_out_of_reach_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, lambda name, heads: None if heads > 0.8 else 2 - heads)
-    found = find(oracles("a"))
+    found = find(oracles("a"), sizes=TEN_HEADS)
     assert found.budget.heads == 0.8
     assert [point.ratio is None for point in found.points] == [True, True, False, False]
     assert found.points[0].as_result() == {"name": "a", "target": 1.0, "refusal": "out of reach"}
@@ -102,10 +113,11 @@ def test_what_keeps_all_heads_has_one_point() -> None:
     ("make", "budget", "message"),
     [
         (oracles("a"), Budget(density=0.5), "budget.bytes is not set"),
+        (oracles("a"), Budget(bytes=0.93, neurons=0.5), "budget.neurons=0.5 beside"),
         ({}, AT, "something to choose from"),
         (oracles("a"), Budget(bytes=0.1), "budget.bytes=0.1 cannot be reached"),
     ],
-    ids=["no bytes", "nothing", "out of reach"],
+    ids=["no bytes", "neurons", "nothing", "out of reach"],
 )
 def test_what_cannot_be_split_is_refused(make: Any, budget: Budget, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -144,7 +144,7 @@ POLICIES: dict[str, Make] = {
     "shadow": lambda b, k: Shadow(b.shadow(), k, "token", b.cfg.policy_batch),
     "dejavu": lambda b, k: DejaVu(b.dejavu(), k, "token", b.cfg.policy_batch),
     "sketch": lambda b, k: Sketch(b.sketch(), k, "token", b.cfg.policy_batch),
-    "sketch_threshold": lambda b, k: Sketch(b.sketch(), k, choose="threshold"),
+    "sketch_threshold": lambda b, k: Sketch(b.sketch(), replace(k, heads=1.0), choose="threshold"),
     "prompt": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch, "drop"),
     "prompt_keep": lambda b, k: Shadow(b.shadow(), k, "prompt", b.cfg.policy_batch),
     "static": lambda b, k: Static(b.means(), k, b.cfg.policy_batch, "drop"),

@@ -16,13 +16,13 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from gnomon.budget import Budget
+from gnomon.budget import Budget, choices
 from gnomon.data.text import Split, Text
 from gnomon.errors import Refused
 from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench
 from gnomon.evaluation.quality import Protocol
-from gnomon.host import describe
+from gnomon.host import HostSpec, describe
 from gnomon.policies import Policy
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def find_split(
     points: list[Point] = []
     for name, make in make_policies.items():
         best: float | None = None
-        for target in _targets(make, budget, heads):
+        for target in _targets(make, budget, spec, heads):
             point = _measured(bench, name, make, replace(budget, heads=target))
             points.append(point)
             log.info("budget.bytes=%g: %s", budget.bytes, point.as_result())
@@ -141,17 +141,28 @@ def find_split(
 def _check(make_policies: Mapping[str, Any], budget: Budget, heads: Sequence[float]) -> None:
     if budget.bytes is None:
         raise ValueError("budget.bytes is not set: give gnomon.Budget(bytes=0.7), what is split")
+    if budget.neurons is not None:
+        raise ValueError(
+            f"budget.neurons={budget.neurons:g} beside budget.bytes leaves nothing to split: "
+            "leave it out, neurons take what predictor and heads leave"
+        )
     if not make_policies or not heads:
         raise ValueError("make_policies and heads must each hold something to choose from")
 
 
 def _targets(
-    make: Callable[[Budget], Policy], budget: Budget, heads: Sequence[float]
+    make: Callable[[Budget], Policy], budget: Budget, spec: HostSpec, heads: Sequence[float]
 ) -> Sequence[float]:
-    """Densities of heads to try: the one given, or 1 where the policy keeps them all anyway."""
+    """Densities of heads to try, one for each whole number of them: the one given, or 1 alone
+    where the policy keeps them all anyway."""
     if budget.heads is not None:
         return [budget.heads]
-    return heads if "heads" in make(replace(budget, heads=1.0)).kinds else [1.0]
+    if "heads" not in make(replace(budget, heads=1.0)).kinds:
+        return [1.0]
+    n, found = choices(budget, spec, "heads"), dict[int, float]()
+    for target in heads:
+        found.setdefault(max(1, round(target * n)), target)
+    return list(found.values())
 
 
 def _measured(bench: Bench, name: str, make: Callable[[Budget], Policy], budget: Budget) -> Point:

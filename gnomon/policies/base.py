@@ -223,6 +223,11 @@ class Policy:
         grouped = kind == "heads" and self.resolved.head_unit == "group"
         return self.counts[kind][layer] * (self.spec.group_size if grouped else 1)
 
+    @property
+    def ranks(self) -> bool:
+        """Whether a layer keeps a number of its best units, the same at every token."""
+        return self.resolved.fixed_counts and not self.reads_gate
+
     def decide(self, kind: UnitKind, layer: int, seen: Seen) -> Tensor:
         """Active set of one layer: bool, broadcastable to (B, T', N)."""
         scores = self.combine(kind, self.scores(kind, layer, seen), seen)

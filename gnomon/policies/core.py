@@ -1,7 +1,9 @@
 """Core: a fixed set of neurons is always kept, a contextual policy fills the rest of the budget.
 
 The core holds the neurons of every layer with the largest mean score on calibration text. They are
-given the highest score there is, so that the inner policy still keeps exactly what its budget says.
+given the highest score there is, so that an inner policy which keeps a number of its best units
+still keeps exactly what its budget says. Thresholds on a gate (``cats``, ``chess``) let the core
+pass *beside* what exceeds them, and keep more.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from gnomon.errors import Refused
 from gnomon.host import UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import Policy, Seen
+from gnomon.policies.sketch import Sketch
 from gnomon.policies.static import Source, check_means, means_of
 from gnomon.policies.wrap import Wrapper
 
@@ -28,7 +31,8 @@ class Core(Wrapper):
         share: of a layer's neurons that are core, in [0, 1].
 
     Raises:
-        ValueError: a share outside [0, 1], a wrapper inside, or a budget smaller than the core.
+        ValueError: a share outside [0, 1], a wrapper or a sketch's thresholds inside, or a budget
+            smaller than the core.
     """
 
     name = "core"
@@ -41,6 +45,11 @@ class Core(Wrapper):
             raise ValueError(
                 f"policy={self.name} ranks its neurons before all that the inner policy scores, "
                 f"and {inner.name} is a wrapper: put {inner.name} round {self.name}"
+            )
+        if isinstance(inner, Sketch) and inner.choose == "threshold":
+            raise ValueError(
+                f"policy={self.name} would be kept beside all that reaches a sketch's thresholds, "
+                "and exceed the budget: use policy.params.inner.params.choose=topk"
             )
         self.share = share
         self._source, self._means = source, means_of(source)

@@ -62,7 +62,7 @@ class DenseFallback(Wrapper):
     def expected(self, kind: UnitKind, budget: Budget) -> list[float]:
         """The inner policy's, with layers that fall back whole."""
         rows = self.inner.expected(kind, budget)
-        fixed = budget.fixed_counts and not self.inner.reads_gate
+        fixed = self.inner.ranks
         return [
             1.0 if i in self.layers or (fixed and row > self.above) else row
             for i, row in enumerate(rows)

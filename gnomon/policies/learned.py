@@ -76,11 +76,6 @@ class Learned(Policy):
             ("code", tap), lambda: self.predictor.encode(tap, seen.hidden(tap).to(device).float())
         )
 
-    @property
-    def ranks(self) -> bool:
-        """Whether a layer keeps a number of its best units, the same at every token."""
-        return self.resolved.fixed_counts
-
     def least(self, kind: UnitKind) -> int:
         """Units that every decided layer keeps under ``spread=global`` and ``hybrid``."""
         floor = self.resolved.floor if self.resolved.spread == "hybrid" else 0.0

@@ -49,15 +49,16 @@ class Sketch(DejaVu):
         self._offer("params.choose", choose, get_args(Choose))
         self.choose = choose
         if choose == "threshold":
-            for field, value, wanted in (
-                ("policy.batch", batch, "per_sequence"),
-                ("budget.head_unit", budget.head_unit, "head"),
-                ("budget.spread", budget.spread, "layer or calibrated"),
+            for field, value, offered in (
+                ("policy.batch", batch, ("per_sequence",)),
+                ("budget.head_unit", budget.head_unit, ("head",)),
+                ("budget.spread", budget.spread, ("layer", "calibrated")),
             ):
-                if value not in wanted:
+                if value not in offered:
                     raise ValueError(
                         f"policy.params.choose='threshold' places a threshold in every layer for "
-                        f"single units and sequences, and {field}={value!r}: use {wanted}"
+                        f"single units and sequences, and {field}={value!r}: use "
+                        + " or ".join(offered)
                     )
 
     def prepare(self, model: nn.Module) -> None:
@@ -114,4 +115,7 @@ class Sketch(DejaVu):
         place = (1 - share.double()) * (table.shape[1] - 1)
         low = place.floor().long().clamp(0, table.shape[1] - 2)[:, None]
         below, above = table.gather(1, low), table.gather(1, low + 1)
-        return (below + (place[:, None] - low) * (above - below))[:, 0].float()
+        cut = (below + (place[:, None] - low) * (above - below))[:, 0]
+        return torch.where(
+            share < 1, cut, -torch.inf
+        ).float()  # scores below all held-out ones pass

@@ -67,6 +67,11 @@ class Wrapper(Policy):
         """The inner policy's."""
         return self.inner.kept(kind, layer)
 
+    @property
+    def ranks(self) -> bool:
+        """Whether the inner policy does."""
+        return self.inner.ranks
+
     def skips(self, kind: UnitKind, layer: int) -> bool:
         """Whether the inner policy never keeps a unit."""
         return self.inner.skips(kind, layer)
