@@ -48,6 +48,7 @@ class Sketch(DejaVu):
         super().__init__(predictor, budget, refresh, batch, kv)
         self._offer("params.choose", choose, get_args(Choose))
         self.choose = choose
+        self._cuts: dict[UnitKind, Tensor] = {}
         if choose == "threshold":
             for field, value, offered in (
                 ("policy.batch", batch, ("per_sequence",)),
