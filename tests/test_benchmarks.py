@@ -15,6 +15,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import gnomon
+from gnomon.tiny import tiny_host
+
 ROOT = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = [
     *("shapes=[tiny]", "device=cpu", "dtype=float32"),
@@ -274,3 +277,23 @@ def test_shared_runs_are_counted(
     monkeypatch.setattr(sys, "argv", ["overlap.py", f"file:{train}"])
     with pytest.raises(SystemExit, match=r"python benchmarks/overlap.py"):
         overlap.main()
+
+
+def test_candidates_beside_copies_are_measured_alike():
+    features = module("features")
+    given = ["--host", "tiny", "--blocks", "2", "--block", "64", "--tokens", "1024"]
+    rows = list(features.study(features.arguments(given)))
+    found = {(row["candidate"], row["neurons"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * (6 + 3 + 3 * len(features.LAMBDAS))
+    for row in rows:
+        assert 0 < row["recall"] < 1
+        assert row["mass"] < row["mass_of_best"] < 1
+    for share in features.SHARES:
+        two, one = (found[f"copies, {bits}", share]["recall"] for bits in ("2 bits", "1 bits"))
+        assert two > one > found["static", share]["recall"]
+    spec = gnomon.describe(tiny_host()[0])
+    for held in (1, spec.L):
+        rank = features.rank_of(2, 2, spec, held)
+        exact = 2 * spec.F * spec.D * 2 / 8  # bytes of two copies of 2 bits
+        factors = [r * (2 * spec.F + spec.D / held) for r in (rank, rank + 1)]
+        assert factors[0] <= exact < factors[1]
