@@ -101,6 +101,15 @@ def test_a_real_search_meets_the_bytes_and_takes_the_least_loss() -> None:
     assert policy.resolved.target("heads") == found.budget.heads
 
 
+def test_bytes_may_be_counted_in_another_dtype() -> None:
+    model, _ = tiny_host("llama", intermediate_size=96)
+    own = predictor(model, "shadow")
+    make = {"shadow": lambda b: policies.Shadow(own, b)}
+    whole, half = (find(make, heads=(1.0,), bytes_dtype=d).points[0] for d in (None, "bfloat16"))
+    assert half.predictor_byte_share > 1.5 * whole.predictor_byte_share
+    assert half.neurons < whole.neurons
+
+
 def test_what_keeps_all_heads_has_one_point() -> None:
     found = find({"griffin": policies.Griffin}, protocol="decode", prompt=24)
     assert len(found.points) == 1

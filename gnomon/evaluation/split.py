@@ -90,6 +90,7 @@ def find_split(
     prompt: int | None = 256,
     backend: str = "auto",
     batch: int = 4,
+    bytes_dtype: str | None = None,
 ) -> FoundSplit:
     """Finds how heads, neurons and predictor share a byte budget at the least loss.
 
@@ -107,6 +108,7 @@ def find_split(
         prompt: P of each block under ``decode``.
         backend: of :func:`gnomon.sparsify`.
         batch: blocks per forward.
+        bytes_dtype: dtype that bytes are counted in; None takes the host's.
 
     Returns:
         ``.name`` and ``.budget`` of the best split, and every point.
@@ -119,7 +121,9 @@ def find_split(
     spec = describe(model)
     blocks = text.blocks(tokenizer, split, tokens)
     rules, key = Protocol(protocol, prompt), host_key(model, spec)
-    bench = Bench(model, tokenizer, spec, key, blocks, rules, backend, batch)
+    bench = Bench(
+        model, tokenizer, spec, key, blocks, rules, backend, batch, bytes_dtype=bytes_dtype
+    )
     points: list[Point] = []
     for name, make in make_policies.items():
         best: float | None = None

@@ -160,7 +160,7 @@ def test_a_score_that_is_not_a_number_is_not_kept(device: torch.device) -> None:
 
 
 def test_repeated_launches_agree(device: torch.device) -> None:
-    args = given(1, 40, 90, device)
+    args = given(1, 24, 40, device)
     first = sketched_ffn_triton(**args)
     for _ in range(2):
         assert all(
