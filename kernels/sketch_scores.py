@@ -69,25 +69,40 @@ def _operator(
         Raises:
             ValueError: bits, activation or shapes that do not fit.
         """
-        check_choice("activation", activation, ACTIVATIONS)
         first = Copy(inner, inner_scale, inner_bits, inner_bias, inner_floor)
-        second = None
-        if linear is not None and linear_scale is not None:
-            second = Copy(linear, linear_scale, linear_bits, linear_bias, linear_floor)
-        elif linear is not None or linear_scale is not None:
-            raise ValueError("linear and linear_scale belong together: give both or neither")
-        elif linear_bias is not None or linear_floor is not None:
-            field = "linear_bias" if linear_bias is not None else "linear_floor"
-            raise ValueError(f"{field} is given without linear: without a gate inner's are up's")
-        _check(x, offset, first, second)
+        second = second_copy(linear, linear_scale, linear_bits, linear_bias, linear_floor)
+        check_copies(x, activation, offset, first, second)
         return run(x, activation, offset, first, second)
 
     return scores
 
 
-def _reference(
+def second_copy(
+    packed: Tensor | None,
+    scale: Tensor | None,
+    bits: int,
+    bias: Tensor | None,
+    floor: Tensor | None,
+) -> Copy | None:
+    """The copy ``linear`` of a gated FFN, or None where nothing of it is given.
+
+    Raises:
+        ValueError: a part of it alone.
+    """
+    if packed is not None and scale is not None:
+        return Copy(packed, scale, bits, bias, floor)
+    if packed is not None or scale is not None:
+        raise ValueError("linear and linear_scale belong together: give both or neither")
+    if bias is not None or floor is not None:
+        field = "linear_bias" if bias is not None else "linear_floor"
+        raise ValueError(f"{field} is given without linear: without a gate inner's are up's")
+    return None
+
+
+def scores_reference(
     x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None
 ) -> Tensor:
+    """The specification on grouped arguments: scores (M, F)."""
     score = half_log(activate(_product(x, inner), activation), inner.floor) + offset
     return score if linear is None else score + half_log(_product(x, linear), linear.floor)
 
@@ -109,18 +124,25 @@ def _triton(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Cop
 
 
 def _cuda(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None) -> Tensor:
-    run = _triton if x.shape[0] <= GEMV_ROWS else _reference
+    run = _triton if x.shape[0] <= GEMV_ROWS else scores_reference
     return run(x, activation, offset, inner, linear)
 
 
-def _cpu(x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None) -> Tensor:
+def scores_cpu(
+    x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None
+) -> Tensor:
+    """The same by the C kernels, where they serve x."""
     lib = cpu_sketch.serving(x)
     if lib is None:
-        return _reference(x, activation, offset, inner, linear)
+        return scores_reference(x, activation, offset, inner, linear)
     return cpu_sketch.scores(lib, x, activation, offset, inner, linear, TINY)
 
 
-def _check(x: Tensor, offset: Tensor, inner: Copy, linear: Copy | None) -> None:
+def check_copies(
+    x: Tensor, activation: str, offset: Tensor, inner: Copy, linear: Copy | None
+) -> None:
+    """Raises ValueError for bits, an activation or shapes that do not fit."""
+    check_choice("activation", activation, ACTIVATIONS)
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; use floating point (M, D)")
     n = inner.packed.shape[0]
@@ -146,12 +168,12 @@ def _check_vector(name: str, vector: Tensor | None, n: int) -> None:
         )
 
 
-sketch_scores_reference = _operator(_reference)  # the specification
+sketch_scores_reference = _operator(scores_reference)  # the specification
 sketch_scores_triton = _operator(_triton)  # the launch, any number of rows of x
 sketch_scores = torch.library.custom_op(
     "gnomon::sketch_scores", sketch_scores_reference, mutates_args=()
 )
-sketch_scores.register_kernel("cpu", _operator(_cpu))
+sketch_scores.register_kernel("cpu", _operator(scores_cpu))
 if sketch_gemv.triton is not None:
     sketch_scores.register_kernel("cuda", _operator(_cuda))
 

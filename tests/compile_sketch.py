@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gnomon.kernels import sketch_gemv, sketched_ffn
+from gnomon.kernels import sketch_gemv, sketched_gemv
 from gnomon.kernels.sketch_scores import sketch_scores_triton
 from gnomon.kernels.sketched_ffn import sketched_ffn_triton
 from sketches import arguments
@@ -62,7 +62,7 @@ class Launches:
 
 if __name__ == "__main__":
     sketch_gemv._sketch_kernel = Launches(sketch_gemv._sketch_kernel)
-    sketched_ffn._sketched_kernel = Launches(sketched_ffn._sketched_kernel)
+    sketched_gemv._sketched_kernel = Launches(sketched_gemv._sketched_kernel)
     for m, bits, biases in LAUNCHES:
         x = arguments(m, 576, 40, torch.device("cpu"), bits, "silu", biases, torch.bfloat16)
         sketch_scores_triton(**x)
