@@ -143,6 +143,11 @@ def make_trainer(cfg: DictConfig, checkpoints: Path, objective: Objective) -> pl
             extra |= dict(zip(("monitor", "mode"), objective.monitor, strict=True))
         callbacks.append(instantiate(node, **extra))
     if cfg.find_rate is not None:
+        if cfg.trainer.max_steps == 0:
+            raise ValueError(
+                f"find_rate={cfg.find_rate} looks for the rate of a training, and there is none "
+                "under trainer.max_steps=0: leave one of them out"
+            )
         callbacks.append(RateFinder(cfg.find_rate))
     return instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,

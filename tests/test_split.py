@@ -41,7 +41,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ratio: Any) -> list[tuple[str, flo
     def measured(bench: Any, name: str, make: Any, budget: Budget) -> Point:
         tried.append((name, budget.heads))
         found = ratio(name, budget.heads)
-        return Point(name, budget.heads, found, refusal=None if found else "out of reach")
+        return Point(budget.heads, found, refusal=None if found else "out of reach", name=name)
 
     monkeypatch.setattr(split, "_measured", measured)
     return tried
@@ -79,7 +79,7 @@ def test_a_point_out_of_reach_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
     found = find(oracles("a"), sizes=TEN_HEADS)
     assert found.budget.heads == 0.8
     assert [point.ratio is None for point in found.points] == [True, True, False, False]
-    assert found.points[0].as_result() == {"name": "a", "target": 1.0, "refusal": "out of reach"}
+    assert found.points[0].as_result() == {"name": "a", "setting": 1.0, "refusal": "out of reach"}
 
 
 def test_a_real_search_meets_the_bytes_and_takes_the_least_loss() -> None:
@@ -115,7 +115,7 @@ def test_what_keeps_all_heads_has_one_point() -> None:
     assert len(found.points) == 1
     assert found.points[0].heads == 1
     given = find(oracles("a"), Budget(bytes=0.93, heads=0.5))
-    assert [point.target for point in given.points] == [0.5]
+    assert [point.setting for point in given.points] == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,24 @@ def test_ckpt_path_last_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
         train.main(configure(tmp_path, *longer, "seed=5"))
 
 
+def test_a_rate_is_found_recorded_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    search = [*SMALL, "find_rate=20"]
+    train.main(configure(tmp_path, *search))
+    rate = json.loads((last_line(capsys) / "config.json").read_text())["metrics"]["rate"]
+    assert 1e-6 < rate < 0.1
+    (line,) = (r.getMessage() for r in caplog.records if "find_rate" in r.getMessage())
+    assert line == f"find_rate: training with optimizer.lr={rate:.2g}"
+    caplog.clear()
+    train.main(configure(tmp_path, *search, "trainer.max_steps=15", "ckpt_path=last"))
+    assert "find_rate" not in caplog.text  # what goes on has its rate
+    (folder,) = (tmp_path / "checkpoints").glob("*/*")
+    newest = max(folder.glob("last*.ckpt"), key=os.path.getmtime)
+    (schedule,) = torch.load(newest, weights_only=True)["lr_schedulers"]
+    assert schedule["base_lrs"] == [rate, rate]
+
+
 def test_fast_dev_run_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main(configure(tmp_path, *SMALL, "trainer.fast_dev_run=true"))
     assert "nothing is saved" in capsys.readouterr().out
@@ -138,6 +156,8 @@ def test_fast_dev_run_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["density.neurons=1.5"], r"density\.neurons=1\.5"),
         (["out=."], "exists; nothing is overwritten"),
         (["ckpt_path=nowhere.ckpt"], "is no file"),
+        (["find_rate=5"], "find_rate=5"),
+        (["find_rate=30", "trainer.max_steps=0"], r"find_rate=30.*trainer\.max_steps=0"),
     ],
 )
 @pytest.mark.usefixtures("raw_errors")

@@ -120,8 +120,27 @@ def find_budget(
         ValueError: a budget without ``max_ppl_increase``, a text without such documents, or a limit
             that is not met with a single unit skipped.
     """
+    bench = validation_bench(
+        model, tokenizer, text, split, tokens, protocol, prompt, backend, batch
+    )
+    return search(bench, lambda tried: (make_policy(tried), None), budget, steps)
+
+
+def validation_bench(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Text,
+    split: Split,
+    tokens: int | None,
+    protocol: str,
+    prompt: int | None,
+    backend: str,
+    batch: int,
+    bytes_dtype: str | None = None,
+) -> Bench:
+    """Where a search measures policies; arguments as in :func:`find_budget`."""
     spec = describe(model)
-    bench = Bench(
+    return Bench(
         model=model,
         tokenizer=tokenizer,
         spec=spec,
@@ -130,8 +149,8 @@ def find_budget(
         protocol=Protocol(protocol, prompt),
         backend=backend,
         batch=batch,
+        bytes_dtype=bytes_dtype,
     )
-    return search(bench, lambda tried: (make_policy(tried), None), budget, steps)
 
 
 def search(bench: Bench, make: Identified, budget: Budget, steps: int = 7) -> FoundBudget:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -19,10 +19,9 @@ from transformers.modeling_utils import PreTrainedModel
 from gnomon.budget import Budget, choices
 from gnomon.data.text import Split, Text
 from gnomon.errors import Refused
-from gnomon.evaluation.baseline import host_key
 from gnomon.evaluation.bench import Bench
-from gnomon.evaluation.quality import Protocol
-from gnomon.host import HostSpec, describe
+from gnomon.evaluation.dial import Trial, validation_bench
+from gnomon.host import HostSpec
 from gnomon.policies import Policy
 
 log = logging.getLogger(__name__)
@@ -31,29 +30,16 @@ HEADS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 @dataclass(frozen=True)
-class Point:
-    """One split that was tried; the measured fields are None where the policy refuses it.
+class Point(Trial):
+    """One split that was tried; ``setting`` is the density of heads that was asked for.
 
     Attributes:
         name: of the policy or predictor.
-        target: density of heads that was asked for.
-        ratio: perplexity ratio on the validation text.
-        heads, neurons, byte_density, predictor_byte_share: achieved there.
-        refusal: why the policy cannot meet it.
+        predictor_byte_share: achieved there.
     """
 
-    name: str
-    target: float
-    ratio: float | None = None
-    heads: float | None = None
-    neurons: float | None = None
-    byte_density: float | None = None
+    name: str = ""
     predictor_byte_share: float | None = None
-    refusal: str | None = None
-
-    def as_result(self) -> dict[str, Any]:
-        """The fields that are there."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -118,16 +104,13 @@ def find_split(
             documents, or a budget that no policy can meet.
     """
     _check(make_policies, budget, heads)
-    spec = describe(model)
-    blocks = text.blocks(tokenizer, split, tokens)
-    rules, key = Protocol(protocol, prompt), host_key(model, spec)
-    bench = Bench(
-        model, tokenizer, spec, key, blocks, rules, backend, batch, bytes_dtype=bytes_dtype
+    bench = validation_bench(
+        *(model, tokenizer, text, split, tokens, protocol, prompt, backend, batch, bytes_dtype)
     )
     points: list[Point] = []
     for name, make in make_policies.items():
         best: float | None = None
-        for target in _targets(make, budget, spec, heads):
+        for target in _targets(make, budget, bench.spec, heads):
             point = _measured(bench, name, make, replace(budget, heads=target))
             points.append(point)
             log.info("budget.bytes=%g: %s", budget.bytes, point.as_result())
@@ -139,7 +122,7 @@ def find_split(
     if all(point.ratio is None for point in points):
         raise ValueError(points[-1].refusal)
     found = _best(points)
-    return FoundSplit(found.name, replace(budget, heads=found.target), tuple(points))
+    return FoundSplit(found.name, replace(budget, heads=found.setting), tuple(points))
 
 
 def _check(make_policies: Mapping[str, Any], budget: Budget, heads: Sequence[float]) -> None:
@@ -170,14 +153,21 @@ def _targets(
 
 
 def _measured(bench: Bench, name: str, make: Callable[[Budget], Policy], budget: Budget) -> Point:
+    setting = budget.heads or 1.0
     try:
         measured = bench.measure(make(budget), None)
     except Refused as error:
-        return Point(name, budget.heads or 1.0, refusal=str(error))
-    ratio = bench.perplexity(measured, resamples=0, seed=0).ratio
+        return Point(setting, refusal=str(error), name=name)
     density, account = measured.density, measured.accounting
-    found = (density.heads, density.neurons, account.byte_density, account.predictor_byte_share)
-    return Point(name, budget.heads or 1.0, ratio, *found)
+    return Point(
+        setting,
+        bench.perplexity(measured, resamples=0, seed=0).ratio,
+        density.heads,
+        density.neurons,
+        account.byte_density,
+        name=name,
+        predictor_byte_share=account.predictor_byte_share,
+    )
 
 
 def _best(points: Sequence[Point]) -> Point:
