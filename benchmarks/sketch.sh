@@ -9,7 +9,7 @@
 set -euo pipefail
 : "${TRAIN:?}" "${WIKI:?}" "${C4:?}" "${OUT:=outputs/sketch}" "${HOST:=host=smollm2 host.device=cuda}" "${STEPS:=800}" "${BLOCKS:=8}"
 : "${TOKENS:=32768}" "${ROWS:=4096}" "${LR:=1e-4}" "${FIELDS:=[prefix,gold_completion]}" "${BITS:=1 2 3 4}" "${CAL:=text=embedded}"
-: "${PARTS:=plain kl50 kl30 one50 one30 heads}" "${SEED:=0}"
+: "${PARTS:=plain kl50 kl30 thr50 thr30 one50 one30 heads}" "${SEED:=0}"
 export GNOMON_ROOT="$OUT/root"
 python=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -49,11 +49,12 @@ for part in $PARTS; do
       done
       evaluate plain policy.predictor="$(list "${plain[@]}")" budget.heads=1.0 budget.neurons=0.5,0.3
       ;;
-    kl50 | kl30 | one50 | one30) # trained at 0.5 or 0.3 of the neurons, from two bits or one
-      bits=2
+    kl50 | kl30 | thr50 | thr30 | one50 | one30) # trained at 0.5 or 0.3 of the neurons, by the K best or thresholds, from two bits or one
+      bits=2 choose=topk
       [[ $part == one* ]] && bits=1
-      train "$part-$SEED" $kl predictor.bits="$bits" density.heads=1.0 density.neurons="0.${part: -2:1}"
-      evaluate "$part-$SEED" policy.predictor="$OUT/$part-$SEED" budget.heads=1.0 budget.neurons=0.5,0.3
+      [[ $part == thr* ]] && choose=threshold
+      train "$part-$SEED" $kl predictor.bits="$bits" density.heads=1.0 density.neurons="0.${part: -2:1}" student.choose="$choose"
+      evaluate "$part-$SEED" policy.predictor="$OUT/$part-$SEED" budget.heads=1.0 budget.neurons=0.5,0.3 policy.params.choose=topk,threshold
       ;;
     heads) # two thirds of the heads and half of the neurons, without and with end-to-end training
       train heads $rows density.heads=0.67 harvest.batch_size="$ROWS" harvest.heldout_tokens=8192 trainer.max_steps="$STEPS" \

@@ -15,6 +15,7 @@ from gnomon.data.blocks import BlockSettings
 from gnomon.data.criteria import Criterion
 from gnomon.host import HostSpec, UnitKind
 from gnomon.policies.base import Refresh
+from gnomon.policies.sketch import Choose
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.folder import load_predictor
 from gnomon.predictors.module import PredictorModule
@@ -36,6 +37,7 @@ class Settings:
     spread: Spread = "layer"
     head_unit: HeadUnit = "head"
     input_gradient: bool = False
+    choose: Choose = "topk"
     heldout_tokens: int | None = None
 
     @property
@@ -63,7 +65,14 @@ class Settings:
             head_unit=self.head_unit,
         )
         return Student(
-            model, spec, predictor, budget, self.refresh, self.protocol, self.input_gradient
+            model,
+            spec,
+            predictor,
+            budget,
+            self.refresh,
+            self.protocol,
+            self.input_gradient,
+            self.choose,
         )
 
 
@@ -76,6 +85,7 @@ def make_module(
     scheduler: Callable[..., LRScheduler] | None,
     density: Mapping[UnitKind, float],
     warm: bool,
+    bias_rate: float = 1.0,
 ) -> PredictorModule:
     """The module that fits a predictor: on rows, or on the sparse host where there is a student.
 
@@ -92,9 +102,10 @@ def make_module(
             f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "
             "into something else: use objective=kl, or predictor.tune=false (heads alone)"
         )
+    how = (optimizer, scheduler, density, warm, bias_rate)
     if student is None:
-        return PredictorModule(predictor, objective, optimizer, scheduler, density, warm)
-    return StudentModule(student, objective, criterion, optimizer, scheduler, density, warm)
+        return PredictorModule(predictor, objective, *how)
+    return StudentModule(student, objective, criterion, *how)
 
 
 def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:

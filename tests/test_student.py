@@ -173,6 +173,32 @@ def test_visits_see_units_before_their_mask_and_train_scores_alone() -> None:
     assert seen["heads", 1][1].shape == (3, 14, 4, 8) and (seen["neurons", 1][1] != 0).all()
 
 
+def test_thresholds_meet_the_budget_in_the_mean_and_decide_units_by_themselves() -> None:
+    made = student("sketch", Budget(heads=1.0, neurons=0.4), choose="threshold")
+    seen: dict[int, Tensor] = {}
+
+    def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
+        seen[layer] = scores[sparse]
+
+    ids = ids_of(4, 32)
+    step = made.step(ids)
+    made.sparse(ids, step, visit=visit)
+    cuts = torch.cat([made._quantile("neurons", i, seen[i]) for i in range(made.spec.L)])
+    kept = torch.stack([(seen[i] >= cuts[i]).float() for i in range(made.spec.L)])
+    wanted = torch.tensor(made.policy.counts["neurons"]) / made.spec.F
+    torch.testing.assert_close(kept.mean((1, 2)), wanted, atol=2e-3, rtol=0)
+    assert len(kept.sum(-1).unique()) > 3  # tokens differ in how many they take
+    for quantiles in made.predictor.quantiles.values():  # the same cut at every share
+        quantiles.copy_(cuts[:, None].expand(-1, quantiles.shape[1]))
+    placed = build_policy("sketch", made.policy.budget, made.predictor, choose="threshold")
+    with torch.no_grad(), gnomon.sparsify(made.model, placed, backend="mask", protocol="all"):
+        expected = made.model(ids).logits
+    found = made.sparse(ids, step)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    found.square().mean().backward()
+    assert bool(made.predictor.gate.weight.grad.any())  # type: ignore[union-attr]
+
+
 def test_decisions_are_fp32_under_autocast() -> None:
     made, ids, seen = student("dejavu", BOTH), ids_of(), []
 
@@ -194,8 +220,16 @@ def test_decisions_are_fp32_under_autocast() -> None:
         ("shadow", HALF, {"refresh": "prompt"}, "student.protocol=decode"),
         ("shadow", HALF, {"protocol": "published"}, "use all or decode"),
         ("dejavu", Budget(density=0.5, spread="global"), {}, "student.spread=layer"),
+        ("dejavu", HALF, {"choose": "threshold"}, "predictor=sketch"),
+        ("sketch", HALF, {"choose": "best"}, "topk or threshold"),
+        (
+            "sketch",
+            HALF,
+            {"choose": "threshold", "refresh": "prompt", "protocol": "decode"},
+            "student.refresh=token",
+        ),
     ],
-    ids=["whole", "prompt-all", "published", "dejavu-global"],
+    ids=["whole", "prompt-all", "published", "dejavu-global", "cut", "best", "cut-prompt"],
 )
 def test_what_cannot_be_trained_is_refused(
     kind: str, budget: Budget, how: dict[str, Any], message: str

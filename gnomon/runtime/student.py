@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies import POLICIES
 from gnomon.policies.base import Refresh, Seen
 from gnomon.policies.learned import Learned
+from gnomon.policies.sketch import Choose, Sketch
 from gnomon.policies.statistic import PromptStatistic
 from gnomon.predictors.base import Predictor
 from gnomon.runtime.positions import Step, read_step
@@ -39,6 +40,7 @@ from gnomon.runtime.positions import Step, read_step
 # kind, layer, scores (B, T' or 1, N), unit tensor (B, T', …) before its mask, sparse (B, T')
 Visit = Callable[[UnitKind, int, Tensor, Tensor, Tensor], None]
 Watch = Callable[[int, Tensor], None]  # layer, its input (B, T, D)
+SAMPLE = 1 << 20  # scores of a layer that a step's threshold is placed on, at most
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Student:
         refresh: ``token`` or ``prompt``.
         protocol: ``all`` (every position is sparse) or ``decode`` (needs prompt lengths).
         input_gradient: let gradients flow through the hidden states that scores are made from.
+        choose: ``topk`` keeps as many at every position; ``threshold`` all units of a layer that
+            reach the quantile of the step's own scores at which the mean meets the budget.
 
     Raises:
         ValueError: nothing to train, or settings that exclude each other.
@@ -109,11 +113,14 @@ class Student:
         refresh: Refresh = "token",
         protocol: str = "all",
         input_gradient: bool = False,
+        choose: Choose = "topk",
     ) -> None:
         chosen = POLICIES.get(predictor.name, Learned)
         kind = chosen if issubclass(chosen, Learned) else Learned
         _check(predictor, budget, refresh, protocol)
         _check_offered(kind, budget, refresh)
+        _check_choice(kind, choose, refresh, budget)
+        self.choose = choose
         self.model, self.spec, self.predictor = model, spec, predictor
         self.protocol, self.input_gradient = protocol, input_gradient
         self.policy = kind(predictor, budget, refresh)
@@ -250,8 +257,12 @@ class Student:
         seen = self._seen(run)
         scores = self.policy.combine(kind, scores, seen)
         with torch.no_grad():
-            keep = self.policy.select(kind, layer, scores.detach(), seen)
-            cut = scores.detach().masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
+            if self.choose == "threshold":
+                cut = self._quantile(kind, layer, scores[run.sparse])
+                keep = scores >= cut
+            else:
+                keep = self.policy.select(kind, layer, scores.detach(), seen)
+                cut = scores.detach().masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
         mask = keep.float()
         if torch.is_grad_enabled() and run.visit is None:
             soft, w = run.softness.of(scores, cut), run.softness.hardness
@@ -259,6 +270,13 @@ class Student:
             mask = through if w == 1 else w * through + (1 - w) * soft
         grouped = kind == "heads" and self.policy.resolved.head_unit == "group"
         return mask.repeat_interleave(self.spec.group_size, -1) if grouped else mask
+
+    def _quantile(self, kind: UnitKind, layer: int, scores: Tensor) -> Tensor:
+        """The score (1,) that a layer's share of these (M, N) reaches, from a sample of them."""
+        share = self.policy.counts[kind][layer] / scores.shape[-1]
+        sample = scores.detach().flatten()[:: -(-scores.numel() // SAMPLE)]
+        drop = round((1 - share) * len(sample))
+        return sample.sort().values[min(drop, len(sample) - 1)][None]
 
 
 def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) -> None:
@@ -294,6 +312,23 @@ def _check_offered(policy: type[Learned], budget: Budget, refresh: Refresh) -> N
                 f"density.{kind}={budget.target(kind):g}: a {policy.name} predictor decides "
                 f"{', '.join(policy.kinds)} alone: use density.{kind}=1.0"
             )
+
+
+def _check_choice(policy: type[Learned], choose: str, refresh: str, budget: Budget) -> None:
+    if choose not in get_args(Choose):
+        raise ValueError(f"student.choose={choose!r}: use {' or '.join(get_args(Choose))}")
+    if choose == "topk":
+        return
+    if not issubclass(policy, Sketch):
+        raise ValueError(
+            f"student.choose={choose}: a {policy.name} predictor is used with the K best units "
+            "alone: use student.choose=topk, or predictor=sketch"
+        )
+    if refresh != "token" or budget.head_unit != "head":
+        raise ValueError(
+            f"student.choose={choose} decides single units at every token: use "
+            "student.refresh=token student.head_unit=head, or student.choose=topk"
+        )
 
 
 def _require_trainable(predictor: Predictor) -> None:
