@@ -69,6 +69,11 @@ class HostBytes:
     heads_apart: bool = True
     neurons_apart: bool = True
 
+    @property
+    def size(self) -> int:
+        """Bytes of an element in the live host's dtype."""
+        return _size(self.dtype)
+
     def weights(self, read: Mapping[Role, float]) -> float:
         """Elements read of all weights when these fractions of each linear are.
 

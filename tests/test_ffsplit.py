@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ import gnomon
 from cases import calibration, predictor
 from gnomon.accounting import Density, account
 from gnomon.budget import Budget
+from gnomon.engine.agreement import agree
 from gnomon.engine.engine import Engine
 from gnomon.engine.support import UnsupportedPolicyError
+from gnomon.engine.weights import laid_out
+from gnomon.evaluation.decoding import Cell, decode_row, open_dense
 from gnomon.host import describe
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies import (
@@ -283,5 +287,72 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make().bind(model)
-    with pytest.raises(UnsupportedPolicyError, match="changes the host's weights"):
-        Engine(model, FFSplit(made, heavy=0.5), context=32)
+
+
+ENGINE = {
+    "int8": {"rest": "int8", "heavy": 0.3},
+    "int4": {"rest": "int4", "heavy": 0.3},
+    "no-heavy": {"rest": "int4", "heavy": 0.0},
+    "all-heavy": {"rest": "int8", "heavy": 1.0},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+@pytest.mark.parametrize("how", ENGINE.values(), ids=ENGINE)
+def test_the_engine_reads_the_compressed_rest(how: dict[str, Any], family: str) -> None:
+    model, _ = tiny_host(family)
+    policy = FFSplit(calibration(model), **how)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    ids = ids_of(2, 14)
+    with Engine(model, policy, batch=2, context=32) as engine:
+        found = agree(engine, model, policy, ids, 6)
+        layer = engine.weights.layers[0]
+        rest, logits = layer.rest, engine.logits.clone()
+        assert (rest is None) == (how["heavy"] == 1.0)
+        if rest is not None:
+            kind = torch.uint8 if how["rest"] == "int4" else torch.int8
+            assert rest.up.weight.dtype == rest.down_t.weight.dtype == kind
+            assert len(rest.up.weight) + len(layer.up.weight) == describe(model).F
+            rest.down_t.scale.zero_()  # the step reads these, and nothing in their place
+            engine.prefill(ids[:, :9])
+            for i in range(9, 14):
+                engine.step(ids[:, i])
+            assert not torch.allclose(engine.logits, logits, atol=1e-2)
+    assert found["logits_rms"] < 1e-5 and found["top1"] == 1.0
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+    policy = FFSplit(calibration(model), **how)
+    with Engine(model, context=32, batch=2) as dense:
+        apart = agree(dense, model, policy, ids, 6)["logits_rms"]
+    assert apart < 1e-5 if how["heavy"] == 1.0 else apart > 1e-4
+
+
+def test_a_split_that_the_engine_does_not_read_is_refused() -> None:
+    model, _ = tiny_host("llama")
+    made = calibration(model)
+    inner = Shadow(predictor(model), Budget(neurons=0.6))
+    for policy in (
+        FFSplit(made, heavy=0.5, rest="lowrank"),
+        FFSplit(made, heavy=0.5, inner=inner),
+    ):
+        with pytest.raises(UnsupportedPolicyError, match="rest=int8 or int4 and no policy inside"):
+            Engine(model, policy, context=32)
+    with (
+        laid_out(model, describe(model)) as weights,
+        pytest.raises(UnsupportedPolicyError, match="keeps neurons whole"),
+    ):
+        Engine(model, FFSplit(made, heavy=0.5), context=32, weights=weights.quantized())
+
+
+def test_speed_counts_the_bytes_of_the_compressed_rest() -> None:
+    model, _ = tiny_host("llama")
+    policy, ids, cell = FFSplit(calibration(model), heavy=0.0), ids_of(1, 64), Cell(1, 64, 50, 1, 4)
+    dense = open_dense(model, ids[:, : cell.prompt], cell)
+    try:
+        row, _ = decode_row(model, policy, dense, ids[:, : cell.prompt], cell)
+    finally:
+        dense.engine.close()
+    saved = policy.saved_bytes(ALL, 4)
+    assert row["bytes_dense"] - row["bytes_sparse"] == pytest.approx(saved) and saved > 0
+    assert row["speedup_ideal"] == pytest.approx(row["bytes_dense"] / row["bytes_sparse"])
+    assert row["agreement"]["logits_rms"] < 1e-5

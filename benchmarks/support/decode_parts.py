@@ -23,6 +23,7 @@ from gnomon.policies import (
     Chess,
     DejaVu,
     DenseInt8,
+    FFSplit,
     Glass,
     Griffin,
     Policy,
@@ -159,6 +160,8 @@ POLICIES: dict[str, Make] = {
     "chess_ffn": lambda b, k: Chess(b.calibration(), _neurons(k), attention=False),
     "teal": lambda b, k: Teal(b.calibration(), k),
     "teal_attention": lambda b, k: TealAttention(b.calibration(), Sketch(b.sketch(), k)),
+    "ffsplit": lambda b, k: FFSplit(b.means(), _neurons(k)),
+    "ffsplit_int4": lambda b, k: FFSplit(b.means(), _neurons(k), rest="int4"),
     "dense_int8": lambda b, k: DenseInt8(),
 }
 

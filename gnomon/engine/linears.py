@@ -12,7 +12,7 @@ from gnomon.accounting import Role
 from gnomon.engine.active import Active, Decider, LayerSketch
 from gnomon.engine.arithmetic import Norm
 from gnomon.engine.ops import Ops
-from gnomon.engine.weights import LayerWeights, Matrix
+from gnomon.engine.weights import LayerWeights, Matrix, Rest
 from gnomon.host import HostSpec
 
 Followed = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -152,6 +152,33 @@ class Linears:
         )
         self.decider.took(layer, index)
         return h
+
+    def two_parts(
+        self,
+        layer: int,
+        x: Tensor,
+        w: LayerWeights,
+        rest: Rest,
+        norm: Norm,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The FFN of the residual stream x (B, D): plain neurons, and compressed ones; (B, D)."""
+        bias = w.down_bias
+        if w.up.weight.shape[0]:
+            h, _ = self.kept_units(layer, x, w, norm)
+            residual, bias = self.columns(h, w.down_t, None, 1, bias, residual), None
+        up, gate, down = rest.up, rest.gate, rest.down_t
+        gates = (None, None) if gate is None else (gate.weight, gate.scale)
+        biases = (rest.up_bias, rest.gate_bias)
+        if up.int4:
+            own = (up.weight, up.scale, *gates, self.activation, *biases)
+            h = self.ops.int4_ffn_up(self.normed(x, norm), *own)
+            how = (self.spec.D, bias, residual)
+            return self.ops.int4_ffn_down(h, down.weight, down.scale, *how)
+        norms = (norm.weight, norm.bias, norm.kind, norm.eps)
+        own = (self.activation, *biases, up.scale, gates[1])
+        h = self.ops.ffn_up(x, up.weight, gates[0], None, None, *own, *norms)
+        return self.columns(h, down, None, 1, bias, residual)
 
     def columns(
         self,

@@ -14,6 +14,7 @@ from gnomon.kernels import (
     cpu_threshold,
     decode_attention,
     gathered_ffn,
+    int4_ffn,
     norm_add,
     row_gather,
     sketched_ffn,
@@ -33,6 +34,8 @@ class Ops:
     decode_attention: Callable[..., Tensor]
     threshold_gemv: Callable[..., Tensor]
     sketched_ffn: Callable[..., tuple[Tensor, Tensor]]
+    int4_ffn_up: Callable[..., Tensor]
+    int4_ffn_down: Callable[..., Tensor]
 
 
 TORCH = Ops(
@@ -44,6 +47,8 @@ TORCH = Ops(
     cpu_attention.decode_attention,
     cpu_threshold.threshold_gemv,
     sketched_ffn.sketched_ffn_gather,
+    int4_ffn.int4_ffn_up_reference,
+    int4_ffn.int4_ffn_down_reference,
 )
 TRITON = Ops(
     "triton",
@@ -54,6 +59,8 @@ TRITON = Ops(
     decode_attention.decode_attention_triton,
     threshold_gemv.threshold_gemv_triton,
     sketched_ffn.sketched_ffn_triton,
+    int4_ffn.int4_ffn_up_triton,
+    int4_ffn.int4_ffn_down_triton,
 )
 
 

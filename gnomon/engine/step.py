@@ -167,7 +167,9 @@ class _Step(Linears):
         self._see_normed("ffn_input", layer, x, math.ffn_norm)
         residual = None if _is(math.ffn_post) else x
         sketch = self.decider.sketch(layer)
-        if sketch is not None:
+        if w.rest is not None:
+            y = self.two_parts(layer, x, w, w.rest, math.ffn_norm, residual)
+        elif sketch is not None:
             h, down = self.sketched_units(layer, x, w, math.ffn_norm, sketch), w.down_t
             how = (w.down_bias, down.scale, torch.float32)
             y = self.ops.threshold_gemv(h, down.weight, sketch.nothing, *how, residual=residual)

@@ -10,6 +10,7 @@ from torch import nn
 
 from gnomon.engine.ops import Ops, ops
 from gnomon.engine.passing import Passing, thresholds_of
+from gnomon.engine.split import READ, readable
 from gnomon.host import HostSpec, UnsupportedHostError, weight
 from gnomon.kernels.launch import interpreted
 from gnomon.kernels.select import triton
@@ -112,10 +113,16 @@ def require_policy(policy: Policy) -> None:
             f"policy={policy.name} skips input channels by a rule of its own, and the decode "
             "engine compares them with thresholds alone: use gnomon.sparsify with generate()"
         )
-    if policy.transforms and policy.weight_dtype != "int8":
+    require_weights(policy)
+
+
+def require_weights(policy: Policy) -> None:
+    """Raises UnsupportedPolicyError for a change of weights that a step does not read."""
+    if not readable(policy):
         raise UnsupportedPolicyError(
             f"policy={policy.name} changes the host's weights in a way that the decode engine does "
-            "not read: use gnomon.sparsify with generate()"
+            f"not read (it reads ffsplit with rest={' or '.join(READ)} and no policy inside): use "
+            "gnomon.sparsify with generate()"
         )
 
 
@@ -125,6 +132,12 @@ def require_bound(policy: Policy, int8: bool | None) -> None:
     ``int8`` says what shared weights are; None for the policy's own.
     """
     int8 = policy.weight_dtype == "int8" if int8 is None else int8
+    require_weights(policy)  # a stored split says only now what it holds
+    if int8 and policy.transforms and policy.weight_dtype != "int8":
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} keeps neurons whole, which int8 weights are not: share those of "
+            "a host in floating point"
+        )
     require_prefill(policy, int8)
     require_channels(policy, int8)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gnomon.accounting import Role
+from gnomon.engine.split import split_apart
 from gnomon.engine.weights import LayerWeights, Matrix, StepWeights, lay_out, parameter_of, restore
 from gnomon.host import HostSpec, LayerSpec
 from gnomon.policies.base import Policy
@@ -32,16 +33,16 @@ def weights_for(
     Args:
         model: the host; its layout is put back where this fails.
         spec: its description.
-        policy: bound; it may want int8 weights.
+        policy: bound; it may want int8 weights, or FFNs in two parts.
         roles: linears whose input channels it skips.
         shared: another engine's, or None.
     """
     if shared is not None:
-        return turned(shared, spec, roles)
+        return split_apart(turned(shared, spec, roles), model, policy)
     try:
         weights = lay_out_turned(model, spec, roles)
         int8 = policy is not None and policy.weight_dtype == "int8"
-        return weights.quantized() if int8 else weights
+        return weights.quantized() if int8 else split_apart(weights, model, policy)
     except BaseException:
         restore(model, spec)
         raise

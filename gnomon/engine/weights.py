@@ -22,7 +22,10 @@ from gnomon.kernels.rowscaled_linear import quantize_rows
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as kernels read it: rows of units, with one scale per row where they are int8."""
+    """A weight as kernels read it: rows of units.
+
+    With one scale per row where they are int8; int4 ones, two to a byte, have one per 32 weights.
+    """
 
     weight: Tensor
     scale: Tensor | None = None
@@ -33,6 +36,11 @@ class Matrix:
         tensors = (self.weight,) if self.scale is None else (self.weight, self.scale)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def int4(self) -> bool:
+        """Whether it is int4."""
+        return self.scale is not None and self.scale.dim() == 2
+
     def rows(self, index: Tensor) -> Matrix:
         """A contiguous copy of chosen rows (n,) int64."""
         return Matrix(self.weight[index], None if self.scale is None else self.scale[index])
@@ -40,6 +48,17 @@ class Matrix:
     def quantized(self) -> Matrix:
         """Row-scaled int8."""
         return self if self.scale is not None else Matrix(*quantize_rows(self.weight))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Compressed neurons of a layer, int8 or int4: N of them, as rows of ``LayerWeights`` are."""
+
+    up: Matrix
+    up_bias: Tensor | None
+    gate: Matrix | None
+    gate_bias: Tensor | None
+    down_t: Matrix
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class LayerWeights:
             ``up_bias``, ``gate_bias`` (F,) or None.
         down_t: (F, D); ``down_bias`` (D,) or None.
         q_t: (D, H·d) where input channels of q alone are skipped; ``q_bias`` (H·d,) or None.
+        rest: neurons beside those of ``up``, ``gate`` and ``down_t``, compressed; or None.
     """
 
     kvq: Matrix
@@ -68,6 +88,7 @@ class LayerWeights:
     down_bias: Tensor | None
     q_t: Matrix | None = None
     q_bias: Tensor | None = None
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +227,8 @@ def _compacted_neurons(layer: LayerWeights, kept: Tensor | None) -> LayerWeights
 def _refill(target: LayerWeights, source: LayerWeights) -> LayerWeights:
     """Copies new rows into the buffers of old ones."""
     for field in fields(LayerWeights):
+        if field.name == "rest":  # of policies that decide nothing
+            continue
         old, new = getattr(target, field.name), getattr(source, field.name)
         for name in ("weight", "scale") if isinstance(old, Matrix) else ("",):
             a, b = (getattr(old, name), getattr(new, name)) if name else (old, new)

@@ -65,6 +65,7 @@ def step_traffic(
     predictor: float = 0,
     int8: bool = False,
     read: Mapping[Role, float] | None = None,
+    saved: float = 0,
 ) -> Traffic:
     """Bytes of one step.
 
@@ -78,16 +79,16 @@ def step_traffic(
         int8: weights are row-scaled int8; cache, norms and biases keep the host's dtype.
         read: fraction of each linear, where a policy reads other parts than its units
             (``Policy.fractions``); ``drop`` is part of it.
+        saved: bytes by which compressed weights are smaller (``Policy.saved_bytes``).
     """
-    size = torch.empty(0, dtype=getattr(torch, host.dtype)).element_size()
-    union = kept.union
+    size, union = host.size, kept.union
     matrices = host.q_out * union.heads + host.kv_proj * (union.groups if drop else 1.0)
     matrices += host.ffn * union.neurons + host.head
     if read is not None:
         matrices = host.weights(read) - host.other
     stored = matrices + SCALE_BYTES * host.rows if int8 else size * matrices
     cache = size * host.kv_per_token * context * batch * kept.each.groups
-    return Traffic(stored + size * host.other, cache, predictor)
+    return Traffic(stored + size * host.other - saved, cache, predictor)
 
 
 def predictor_traffic(policy: Policy) -> float:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gnomon.kernels.int4_ffn import GROUP, int4_rows
 from gnomon.kernels.rowscaled_linear import quantize_rows
 
 Method = Literal["int8", "int4", "lowrank"]
-GROUP = 32  # int4 weights that share a scale
 
 
 def check_method(method: str) -> None:
@@ -53,11 +53,7 @@ class Compressed:
             return stored["a"].float() @ stored["b"].float()
         if self.method == "int8":
             return stored["codes"].float() * stored["scale"][:, None]
-        rows, width = self.shape
-        pairs = stored["codes"]
-        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1).float() - 8
-        scaled = codes.unflatten(1, (-1, GROUP)) * stored["scale"].float()[..., None]
-        return scaled.flatten(1)[:, :width]
+        return int4_rows(stored["codes"], stored["scale"], self.shape[1])
 
 
 def compress(matrix: Tensor, method: str, rank: int | None = None) -> Compressed:

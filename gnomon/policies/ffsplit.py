@@ -88,8 +88,8 @@ class FFSplit(Core):
             )
         if prefill is not None:
             self.set_prefill(prefill)
-        self._alone = inner is None
-        if self._alone:
+        self.alone = inner is None
+        if self.alone:
             self.kinds = ("neurons",)
             self.budget = Budget(density=1.0) if own is None else own
         self.rest, self.rank, self._heavy_said = rest, 0.5 if rank is None else rank, heavy
@@ -115,13 +115,13 @@ class FFSplit(Core):
 
     def settle(self, budget: Budget) -> None:
         """Alone there is nothing to skip."""
-        super().settle(Budget(density=1.0) if self._alone else budget)
+        super().settle(Budget(density=1.0) if self.alone else budget)
 
     def _resolve(self) -> Budget:
         """Solves a byte budget by the heavy share, or by the rank where that share was said."""
         asked = self.budget.bytes
-        if not self._alone or asked is None or self._split is not None:
-            return super()._resolve() if not self._alone else Budget(density=1.0)
+        if not self.alone or asked is None or self._split is not None:
+            return super()._resolve() if not self.alone else Budget(density=1.0)
         by_rank = self.rest == "lowrank" and self._heavy_said is not None
         if self._heavy_said is not None and not by_rank:
             raise ValueError(
