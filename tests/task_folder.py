@@ -30,6 +30,7 @@ WORDS = [
 ]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAMES = ("copa", "piqa", "hellaswag", "winogrande", "rte", "arc_easy", "lambada")
+WRITTEN = ("gsm8k", "cloze")  # of which the model writes the answers
 Example = dict[str, Any]
 
 
@@ -56,6 +57,11 @@ def examples(name: str, lines: int = LINES, seed: int = 0) -> list[Example]:
         "rte": lambda: {"sentence1": text(5), "sentence2": text(), "label": 0},
         "arc_easy": lambda: {"query": f"Question: {text()}?", "choices": choices(4), "gold": 0},
         "lambada": lambda: {"text": text(5)},
+        "gsm8k": lambda: {
+            "question": text(5),
+            "answer": f"{text()} #### 1,{draw.randint(100, 999)}",
+        },
+        "cloze": lambda: {"prompt": text(5), "target": text(1)},
     }
     return [make[name]() for _ in range(lines)]
 

@@ -217,6 +217,26 @@ def test_tasks_that_generate_run_sparsely(host: Any) -> None:
     assert found == [written] and found != dense
 
 
+def test_files_whose_answers_are_written(host: Any, tmp_path: Path) -> None:
+    """The dense host's own words are the targets: it has them all, a zero mask none."""
+    model, tokenizer = host
+    made = examples("cloze", 6)
+    for example in made:
+        ids = torch.tensor([tokenizer(example["prompt"])["input_ids"]])
+        out = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=256)
+        line = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0]
+        example["target"] = line.strip() or "none"
+    write(tmp_path, "cloze", made)
+    task, lm = load_tasks(["cloze"], tmp_path)["cloze"], open_lm(model, tokenizer, 2)
+    dense = ask(lm, task, limit=None, seed=0)
+    kept = [e["target"] != "none" for e in made]
+    assert dense.scores == [float(k) for k in kept] and sum(kept) > 3 and dense.metric == "acc"
+    with gnomon.sparsify(model, POLICIES["random"](model, HALF)) as lm.session:
+        sparse = ask(lm, task, limit=None, seed=0)
+    row = compare(dense, sparse)
+    assert row["acc_sparse"] < row["acc_dense"] and row["n"] == 6 and "kl" not in row
+
+
 def plan(tmp_path: Path, folder: Path, policy: str = "random", **changes: Any) -> dict[str, Any]:
     """Settings of an evaluation of tasks alone."""
     config = settings(tmp_path, policy)

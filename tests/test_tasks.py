@@ -20,7 +20,7 @@ from gnomon.evaluation.tables import markdown
 from gnomon.evaluation.task_files import local_config, read_examples
 from gnomon.evaluation.task_tables import csv_tasks, markdown_tasks, task_rows
 from gnomon.evaluation.tasks import Tasks, answer_distribution, compare, divergence
-from task_folder import LINES, NAMES, examples, write
+from task_folder import LINES, NAMES, WRITTEN, examples, write
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
 COUNTS = {
@@ -37,7 +37,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WRITTEN])
 def test_every_form_is_read(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, examples(name))
     found = list(read_examples(path))
@@ -45,6 +45,29 @@ def test_every_form_is_read(tmp_path: Path, name: str) -> None:
     config = local_config(tmp_path, name)
     assert config["custom_dataset"]()["test"].num_rows == LINES
     assert config["test_split"] == config["fewshot_split"] == "test"
+
+
+WRITTEN_ANSWERS = [
+    ("gsm8k", {"answer": "3 + 4 #### 1,007"}, " so 1007 #### 1007.\n", 1),
+    ("gsm8k", {"answer": "#### 7"}, "3 and 4 are 7", 1),
+    ("gsm8k", {"answer": "#### 7"}, " 7 less 1 #### 6", 0),
+    ("gsm8k", {"answer": "#### -2.50"}, "it is -2.5", 1),
+    ("gsm8k", {"answer": "#### 7"}, "none", 0),
+    ("cloze", {"target": "Sand"}, " sand, and stone", 1),
+    ("cloze", {"target": "sand"}, " sandstone", 0),
+    ("cloze", {"target": "sand"}, "", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "doc", "written", "right"), WRITTEN_ANSWERS)
+def test_written_answers_are_scored(
+    tmp_path: Path, name: str, doc: dict[str, str], written: str, right: int
+) -> None:
+    write(tmp_path, name, examples(name))
+    config = local_config(tmp_path, name)
+    assert config["output_type"] == "generate_until"
+    (score,) = config["process_results"](doc, [written]).values()
+    assert score == right
 
 
 def test_names_of_the_harness_find_files_of_other_names(tmp_path: Path) -> None:
@@ -92,7 +115,10 @@ def test_wrong_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no example"):
         local_config(tmp_path, "copa")
     (tmp_path / "copa.jsonl").write_text('{"question": "a", "answer": "b"}')
-    with pytest.raises(ValueError, match="line 1: fields question, answer are of no known task"):
+    with pytest.raises(ValueError, match="line 1: field 'answer' is 'b', without a number"):
+        local_config(tmp_path, "copa")
+    (tmp_path / "copa.jsonl").write_text('{"riddle": "a", "solution": "b"}')
+    with pytest.raises(ValueError, match="line 1: fields riddle, solution are of no known task"):
         local_config(tmp_path, "copa")
     (tmp_path / "word.jsonl").write_text('{"text": "one"}')
     with pytest.raises(ValueError, match="field 'text' has no last word"):

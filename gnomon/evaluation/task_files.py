@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ ENDINGS = (".jsonl", ".tsv", ".csv")
 ALIASES = {"openbookqa": "openbook_qa", "lambada_openai": "lambada"}  # the harness's names
 _ASKED = ("arc_easy", "arc_challenge", "boolq")  # their files' queries end before "Answer:"
 
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
 Example = dict[str, Any]
 
 
@@ -29,15 +32,17 @@ class Form:
 
     Attributes:
         fields: that every line has.
-        answer: the field with the right choice, or None where the text holds it.
+        answer: the field with the right choice, or None where none is chosen.
         choices: the field with the list of choices, or how many there are.
         config: templates of the harness.
+        generates: whether the model writes its answer.
     """
 
     fields: tuple[str, ...]
     answer: str | None
     choices: str | int
     config: dict[str, Any]
+    generates: bool = False
 
 
 def _choice(text: str, choices: Any, target: str) -> dict[str, Any]:
@@ -46,6 +51,39 @@ def _choice(text: str, choices: Any, target: str) -> dict[str, Any]:
         "doc_to_text": text,
         "doc_to_choice": choices,
         "doc_to_target": target,
+    }
+
+
+def _begins_with(doc: Example, answers: Sequence[str]) -> dict[str, float]:
+    """1 where the text that was written begins with the target, in whole words and any case."""
+    written, target = (text.strip().casefold() for text in (answers[0], doc["target"]))
+    after = written[len(target) : len(target) + 1]
+    return {"acc": float(written.startswith(target) and not after.isalnum())}
+
+
+def _same_number(doc: Example, answers: Sequence[str]) -> dict[str, float]:
+    """1 where the number after ``####``, or else the last one written, is the answer's."""
+    wanted = _number(doc["answer"])
+    return {"exact_match": float(wanted is not None and _number(answers[0]) == wanted)}
+
+
+def _number(text: str) -> float | None:
+    found = _NUMBER.findall(text.rpartition("####")[2] or text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _written(
+    text: str, target: str, until: str, tokens: int, score: Any, metric: str
+) -> dict[str, Any]:
+    """Greedy text up to ``until``, of so many tokens at most."""
+    settings = {"until": [until], "do_sample": False}
+    return {
+        "output_type": "generate_until",
+        "doc_to_text": text,
+        "doc_to_target": target,
+        "generation_kwargs": settings | {"max_gen_toks": tokens},
+        "process_results": score,
+        "metric_list": [{"metric": metric}],
     }
 
 
@@ -78,6 +116,27 @@ FORMS: dict[str, Form] = {
             "label",
         ),
     ),
+    "word_problem": Form(  # GSM8K: the answer ends in "#### 72"
+        ("question", "answer"),
+        None,
+        0,
+        _written(
+            "Question: {{question}}\nAnswer:",
+            "{{' ' + answer}}",
+            "Question:",
+            256,
+            _same_number,
+            "exact_match",
+        ),
+        generates=True,
+    ),
+    "completion": Form(
+        ("prompt", "target"),
+        None,
+        0,
+        _written("{{prompt}}", "{{' ' + target}}", "\n", 16, _begins_with, "acc"),
+        generates=True,
+    ),
     "last_word": Form(
         ("text",),
         None,
@@ -107,13 +166,16 @@ def local_config(folder: Path, name: str) -> dict[str, Any]:
     config = dict(form.config)
     if _stem(path) in _ASKED and form is FORMS["query"]:
         config["doc_to_text"] = "{{query}}\nAnswer:"
-    return config | {
-        "task": name,
-        "custom_dataset": partial(_dataset, tuple(examples)),
-        "test_split": "test",
-        "fewshot_split": "test",
-        "metric_list": [{"metric": "acc"}],
-    }
+    return (
+        {"metric_list": [{"metric": "acc"}]}
+        | config
+        | {
+            "task": name,
+            "custom_dataset": partial(_dataset, tuple(examples)),
+            "test_split": "test",
+            "fewshot_split": "test",
+        }
+    )
 
 
 def file_facts(folder: str | Path, names: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -225,6 +287,10 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
         if (listed and not fits) or (not listed and name != form.answer and not _text(value)):
             wanted = "a list of two texts or more" if listed else "a text that is not empty"
             raise ValueError(f"{where}: field {name!r} is {value!r}, not {wanted}")
+    if form.generates:
+        if "answer" in kept and _number(kept["answer"]) is None:
+            raise ValueError(f"{where}: field 'answer' is {kept['answer']!r}, without a number")
+        return kept
     if form.answer is None:
         if " " not in kept["text"].strip():
             raise ValueError(f"{where}: field 'text' has no last word to predict")
