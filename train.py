@@ -85,7 +85,6 @@ def main(cfg: DictConfig) -> None:
         scheduler=instantiate(cfg.scheduler),
         density=density,
         warm=cfg.init is not None,
-        bias_rate=cfg.bias_rate,
     )
 
     data = prepare(

@@ -85,7 +85,6 @@ def make_module(
     scheduler: Callable[..., LRScheduler] | None,
     density: Mapping[UnitKind, float],
     warm: bool,
-    bias_rate: float = 1.0,
 ) -> PredictorModule:
     """The module that fits a predictor: on rows, or on the sparse host where there is a student.
 
@@ -102,7 +101,7 @@ def make_module(
             f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "
             "into something else: use objective=kl, or predictor.tune=false (heads alone)"
         )
-    how = (optimizer, scheduler, density, warm, bias_rate)
+    how = (optimizer, scheduler, density, warm)
     if student is None:
         return PredictorModule(predictor, objective, *how)
     return StudentModule(student, objective, criterion, *how)

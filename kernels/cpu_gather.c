@@ -25,6 +25,19 @@ static void normalised(const float *x, float *y, int64_t n, int64_t norm, const 
     }
 }
 
+/* y (B, W) = norm(x) + residual */
+void gnomon_norm(const float *x, const float *gain, const float *shift, const float *residual,
+                 float *y, int64_t B, int64_t W, int64_t norm, double eps) {
+    for (int64_t b = 0; b < B; b++) {
+        const float *own = x + b * W;
+        float *to = y + b * W;
+        if (norm == NONE) memcpy(to, own, sizeof(float) * W);
+        else normalised(own, to, W, norm, gain, shift, (float)eps);
+        if (residual)
+            for (int64_t k = 0; k < W; k++) to[k] += residual[b * W + k];
+    }
+}
+
 /* Row of entry `slot`, or -1 where the list names none that exists. */
 static inline int64_t row_of(const int32_t *index, int64_t slot, int64_t unit, int64_t n) {
     int64_t block = index ? index[slot / unit] : slot / unit;

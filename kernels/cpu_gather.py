@@ -1,8 +1,8 @@
 """The gathered operators on a CPU: kept rows and columns at the speed of the memory.
 
-    row_gather, ffn_up, column_gather    as in their files: same arguments, result and errors
+    row_gather, ffn_up, column_gather, norm_add    as in their files: same arguments, result, errors
 
-Two kernels in C (`cpu_gather.c`) serve up to eight sequences, with the norm, biases, activation and
+Kernels in C (`cpu_gather.c`) serve up to eight sequences, with the norm, biases, activation and
 residual inside; the references serve the rest and machines without a compiler.
 """
 
@@ -18,6 +18,7 @@ from gnomon.kernels.column_gather import column_gather_reference
 from gnomon.kernels.cpu_library import library
 from gnomon.kernels.gather_common import ACTIVATIONS, NORMS, check_choice, check_list, of_units
 from gnomon.kernels.gathered_ffn import check_given, ffn_up_reference
+from gnomon.kernels.norm_add import norm_add_reference
 from gnomon.kernels.row_gather import row_gather_reference
 
 MOST_ROWS = 8  # sequences; beyond that a matrix product reuses weights better
@@ -110,6 +111,30 @@ def column_gather(
         )
     lists, whole = _lists(index, block, count, weight_t, wanted, x)
     y = columns(lib, x, weight_t, lists, scale, bias, residual, whole)
+    return y.to(out_dtype or x.dtype)
+
+
+def norm_add(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As :func:`gnomon.kernels.norm_add.norm_add_reference`."""
+    lib = serving(x)
+    if lib is None:
+        return norm_add_reference(x, weight, bias, norm, eps, residual, out_dtype)
+    check_choice("norm", norm, NORMS)
+    y = torch.empty(x.shape)
+    held: list[Tensor] = []
+    lib.gnomon_norm(
+        *(address_fp32(t, held) for t in (x, weight, bias, residual)),
+        y.data_ptr(),
+        *(*x.shape, _NORMS[norm], eps),
+    )
     return y.to(out_dtype or x.dtype)
 
 
@@ -222,7 +247,7 @@ def serving(x: Tensor, *weights: Tensor | None) -> CDLL | None:
         if w is not None and not (w.dtype in TYPES and w.is_contiguous() and w.is_cpu):
             return None
     lib = library()
-    half = weights[0] is not None and weights[0].dtype is torch.float16
+    half = bool(weights) and weights[0] is not None and weights[0].dtype is torch.float16
     return None if lib is None or (half and not _half(lib)) else lib
 
 

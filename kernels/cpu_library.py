@@ -91,8 +91,13 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.gnomon_columns.argtypes = [pointer] * 8 + [number] * 9
     lib.gnomon_attention.argtypes = [pointer] * 15 + [number] * 13 + [ctypes.c_double] * 3
     lib.gnomon_sketch.argtypes = [pointer] * 11 + [number] * 7 + [ctypes.c_double]
-    lib.gnomon_sketch.restype = None
+    lib.gnomon_sketched.argtypes = [pointer] * 19 + [number] * 8 + [ctypes.c_double]
+    lib.gnomon_sketch.restype = lib.gnomon_sketched.restype = None
+    lib.gnomon_norm.argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_double]
+    lib.gnomon_norm.restype = None
+    lib.gnomon_passing.argtypes = [pointer, ctypes.c_double, number, pointer]
     for function in (
+        lib.gnomon_passing,
         lib.gnomon_rows,
         lib.gnomon_columns,
         lib.gnomon_attention,

@@ -5,6 +5,9 @@
  * neighbouring values of x, which were divided by 2^(f P) beforehand. Sums are fp32, in an order that
  * depends on shapes alone. */
 #include "cpu_vector.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 /* Eight lanes: sums of sixteen, which AVX2 has no registers for, GCC 12 keeps in memory. */
 typedef float f8v __attribute__((vector_size(32)));
@@ -12,6 +15,16 @@ typedef float f8u __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i8v __attribute__((vector_size(32)));
 typedef uint16_t h8v __attribute__((vector_size(16)));
 typedef uint8_t b8u __attribute__((vector_size(8), aligned(1)));
+
+/* GCC 12 widens bytes to words in eight instructions, where one serves. */
+static inline i8v widened(const uint8_t *from) {
+#ifdef __AVX2__
+    return (i8v)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    h8v half = __builtin_convertvector(*(const b8u *)from, h8v);
+    return __builtin_convertvector(half, i8v);
+#endif
+}
 
 enum { MOST = 4 }; /* rows of x that share a pass over the bytes */
 
@@ -25,8 +38,7 @@ static inline __attribute__((always_inline)) void plane_of(const uint8_t *row, c
     float rest[MOST] = {0};
     int64_t j = 0;
     for (; j + 8 <= S; j += 8) {
-        h8v half = __builtin_convertvector(*(const b8u *)(row + j), h8v);
-        i8v byte = __builtin_convertvector(half, i8v);
+        i8v byte = widened(row + j);
 #pragma GCC unroll 8
         for (int f = 0; f < fields; f++) {
             f8v field = __builtin_convertvector(byte & (((1 << P) - 1) << (f * P)), f8v);
@@ -125,4 +137,52 @@ void gnomon_sketch(const float *x, const uint8_t *inner, const uint8_t *linear,
             }
         }
     free(total);
+}
+
+/* of cpu_gather.c */
+int64_t gnomon_rows(const float *x, const void *up, const void *gate, const int32_t *index,
+                    const int32_t *count, const float *up_scale, const float *gate_scale,
+                    const float *up_bias, const float *gate_bias, const float *gain,
+                    const float *shift, float *y, int64_t B, int64_t W, int64_t N, int64_t S,
+                    int64_t unit, int64_t own, int64_t type, int64_t norm, int64_t activation,
+                    int64_t whole, int64_t threads, double eps);
+
+/* h[m, n] of the neurons whose score reaches the cut, 0 of the others; index[m, n] = n, or N */
+void gnomon_sketched(const float *x, const uint8_t *inner, const uint8_t *linear,
+                     const float *inner_scale, const float *linear_scale, const float *inner_bias,
+                     const float *linear_bias, const float *inner_floor, const float *linear_floor,
+                     const float *offset, const float *cut, const void *up, const void *gate,
+                     const float *up_scale, const float *gate_scale, const float *up_bias,
+                     const float *gate_bias, float *h, int32_t *index, int64_t M, int64_t D,
+                     int64_t N, int64_t inner_bits, int64_t linear_bits, int64_t activation,
+                     int64_t type, int64_t threads, double tiny) {
+    int32_t *list = malloc(sizeof(int32_t) * N);
+    gnomon_sketch(x, inner, linear, inner_scale, linear_scale, inner_bias, linear_bias, inner_floor,
+                  linear_floor, offset, h, M, D, N, inner_bits, linear_bits, activation, threads,
+                  tiny); /* scores stand where h will */
+    for (int64_t m = 0; m < M; m++) {
+        float *own = h + m * N;
+        int64_t held = 0;
+        for (int64_t n = 0; n < N; n++) {
+            int keep = own[n] >= *cut;
+            index[m * N + n] = keep ? (int32_t)n : (int32_t)N;
+            list[held] = (int32_t)n;
+            held += keep;
+        }
+        memset(own, 0, sizeof(float) * N);
+        if (held)
+            gnomon_rows(x + m * D, up, gate, list, NULL, up_scale, gate_scale, up_bias, gate_bias,
+                        NULL, NULL, own, 1, D, N, held, 1, 0, type, 0, activation, 1, threads, 0);
+    }
+    free(list);
+}
+
+/* list of the n with |x[n]| above the threshold; how many they are */
+int64_t gnomon_passing(const float *x, double threshold, int64_t N, int32_t *list) {
+    int64_t held = 0;
+    for (int64_t n = 0; n < N; n++) {
+        list[held] = (int32_t)n;
+        held += fabsf(x[n]) > (float)threshold;
+    }
+    return held;
 }

@@ -7,6 +7,8 @@ The reference serves more than eight sequences, and machines without a compiler.
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import Tensor
 
@@ -32,12 +34,19 @@ def threshold_gemv(
     if lib is None:
         return threshold_gemv_reference(x, weight_t, threshold, bias, scale, out_dtype, *fused)
     check_tensors(x, weight_t, threshold, bias, scale, *fused)
-    y = cpu_gather.columns(lib, x, weight_t, _list(x, threshold), scale, bias, None, whole=True)
-    return epilogue(y, *fused).to(out_dtype or x.dtype)
+    lists, own = _list(lib, x, threshold), activation == "none" and given is None
+    y = cpu_gather.columns(lib, x, weight_t, lists, scale, bias, residual if own else None, True)
+    return (y if own else epilogue(y, *fused)).to(out_dtype or x.dtype)
 
 
-def _list(x: Tensor, threshold: Tensor) -> cpu_gather.Lists:
+def _list(lib: CDLL, x: Tensor, threshold: Tensor) -> cpu_gather.Lists:
     """The channels that pass; a CPU may be asked for the length of a single list."""
+    if x.shape[0] == 1 and threshold.numel() == 1:
+        found = torch.empty(x.shape[1], dtype=torch.int32)
+        held: list[Tensor] = []
+        where = cpu_gather.address_fp32(x, held)
+        count = lib.gnomon_passing(where, float(threshold), x.shape[1], found.data_ptr())
+        return found[:count], 1, None
     if x.shape[0] == 1:
         return (x[0].float().abs() > threshold).nonzero()[:, 0].int(), 1, None
     index, count = select_passing_reference(x, threshold.view(1, -1), x.shape[1])

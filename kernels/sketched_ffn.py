@@ -20,13 +20,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gnomon.kernels.cpu_gather import ffn_up
+from gnomon.kernels import cpu_gather, cpu_sketch
 from gnomon.kernels.fewbit import Copy
 from gnomon.kernels.gather_common import activate
 from gnomon.kernels.sketch_scores import (
     TINY,
     check_copies,
-    scores_cpu,
     scores_reference,
     second_copy,
 )
@@ -113,18 +112,11 @@ def _gather(
     up: Rows,
     gate: Rows | None,
 ) -> Found:
-    """On a CPU rows of what passes; elsewhere the reference, as a list waits for its length."""
-    if x.device.type != "cpu":
+    """On a CPU rows of what passes, in C; elsewhere the reference: a list waits for its length."""
+    lib = cpu_gather.serving(x, up.weight, None if gate is None else gate.weight)
+    if lib is None:
         return _reference(x, cut, activation, offset, copies, up, gate)
-    score = scores_cpu(x, activation, offset, *copies)
-    keep = score >= cut
-    h = score.new_zeros(score.shape)
-    other = Rows(None, None, None) if gate is None else gate  # type: ignore[arg-type]
-    own = (activation, up.bias, other.bias, up.scale, other.scale)
-    for b in range(x.shape[0]):
-        rows = keep[b].nonzero().flatten()
-        h[b, rows] = ffn_up(x[b : b + 1], up.weight, other.weight, rows.int(), None, *own)[0]
-    return h, _index(keep)
+    return cpu_sketch.sketched(lib, x, cut, activation, offset, copies, up, gate, TINY)
 
 
 def _triton(

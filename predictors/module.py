@@ -31,10 +31,6 @@ class PredictorModule(pl.LightningModule):
         scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
         density: kind -> kept fraction within a layer at which recall and mass are measured.
         warm: the predictor is trained already, and starts as it is.
-        bias_rate: rate of the biases, the fixed choice among them, over that of the weights.
-
-    Raises:
-        ValueError: a rate of 0 or less.
     """
 
     def __init__(
@@ -45,14 +41,8 @@ class PredictorModule(pl.LightningModule):
         scheduler: Callable[..., LRScheduler] | None,
         density: Mapping[UnitKind, float],
         warm: bool = False,
-        bias_rate: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < bias_rate < float("inf"):
-            raise ValueError(
-                f"bias_rate={bias_rate}: use a positive multiple of optimizer.lr, 1 for the same"
-            )
-        self.bias_rate = bias_rate
         self.predictor, self.objective = predictor, objective
         self._optimizer, self._scheduler = optimizer, scheduler
         self.density, self.warm = dict(density), warm
@@ -149,7 +139,6 @@ class PredictorModule(pl.LightningModule):
             {"params": [p for n, p in named if n.endswith(spared)], "weight_decay": 0.0},
         ]
         optimizer = self._optimizer(groups)
-        optimizer.param_groups[1]["lr"] *= self.bias_rate
         if self._scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches

@@ -57,8 +57,7 @@ class RateFinder(LearningRateFinder):
                 now / base
                 for now, base in zip(schedule.get_last_lr(), schedule.base_lrs, strict=True)
             ]
-            schedule.base_lrs = [rate, rate * pl_module.bias_rate]  # weights and biases
-            groups = schedule.optimizer.param_groups
-            for group, base, share in zip(groups, schedule.base_lrs, shares, strict=True):
-                group["initial_lr"], group["lr"] = base, base * share
+            schedule.base_lrs = [rate] * len(shares)
+            for group, share in zip(schedule.optimizer.param_groups, shares, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * share
         log.warning("find_rate: training with optimizer.lr=%.2g", rate)

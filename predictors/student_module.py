@@ -35,7 +35,7 @@ class StudentModule(PredictorModule):
         student: runs the host; it is no submodule, so that no checkpoint holds the host.
         objective: ``Kl``, or another one with ``on_policy``.
         criterion: what makes a target of a unit that the sparse host has computed (not for ``Kl``).
-        optimizer, scheduler, density, warm, bias_rate: as in :class:`PredictorModule`.
+        optimizer, scheduler, density, warm: as in :class:`PredictorModule`.
 
     Raises:
         ValueError: a criterion that needs gradients, which a sparse forward alone has not.
@@ -50,10 +50,8 @@ class StudentModule(PredictorModule):
         scheduler: Callable[..., LRScheduler] | None,
         density: Mapping[UnitKind, float],
         warm: bool = False,
-        bias_rate: float = 1.0,
     ) -> None:
-        how = (optimizer, scheduler, density, warm, bias_rate)
-        super().__init__(student.predictor, objective, *how)
+        super().__init__(student.predictor, objective, optimizer, scheduler, density, warm)
         self._student, self._divergence = [student], Divergence(student.device)
         self._at_start: dict[str, float] = {}
         self._before: dict[str, float] = {}

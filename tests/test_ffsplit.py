@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -297,14 +296,26 @@ ENGINE = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
-@pytest.mark.parametrize("how", ENGINE.values(), ids=ENGINE)
-def test_the_engine_reads_the_compressed_rest(how: dict[str, Any], family: str) -> None:
-    model, _ = tiny_host(family)
+@pytest.mark.parametrize(
+    ("name", "family", "backend"),
+    [
+        ("int8", "llama", "torch"),
+        ("int8", "opt", "triton"),
+        ("int4", "llama", "triton"),
+        ("int4", "gemma2", "torch"),
+        ("no-heavy", "opt", "torch"),
+        ("all-heavy", "llama", "torch"),
+    ],
+)
+def test_the_engine_reads_the_compressed_rest(
+    name: str, family: str, backend: str, device: torch.device
+) -> None:
+    how = ENGINE[name]
+    model = copy.deepcopy(tiny_host(family)[0]).to(device)
     policy = FFSplit(calibration(model), **how)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    ids = ids_of(2, 14)
-    with Engine(model, policy, batch=2, context=32) as engine:
+    ids = ids_of(2, 14).to(device)
+    with Engine(model, policy, batch=2, context=32, backend=backend) as engine:
         found = agree(engine, model, policy, ids, 6)
         layer = engine.weights.layers[0]
         rest, logits = layer.rest, engine.logits.clone()
@@ -319,8 +330,8 @@ def test_the_engine_reads_the_compressed_rest(how: dict[str, Any], family: str) 
                 engine.step(ids[:, i])
             assert not torch.allclose(engine.logits, logits, atol=1e-2)
     assert found["logits_rms"] < 1e-5 and found["top1"] == 1.0
-    for name, value in model.named_parameters():
-        assert torch.equal(value, before[name])
+    for path, value in model.named_parameters():
+        assert torch.equal(value, before[path])
     policy = FFSplit(calibration(model), **how)
     with Engine(model, context=32, batch=2) as dense:
         apart = agree(dense, model, policy, ids, 6)["logits_rms"]

@@ -34,11 +34,7 @@ def dejavu() -> DejaVu:
 
 
 def module(
-    predictor: Predictor,
-    objective: Objective,
-    lr: float = 1e-2,
-    warm: bool = False,
-    bias_rate: float = 1.0,
+    predictor: Predictor, objective: Objective, lr: float = 1e-2, warm: bool = False
 ) -> PredictorModule:
     return PredictorModule(
         predictor,
@@ -47,7 +43,6 @@ def module(
         scheduler=cosine_warmup,
         density={"heads": 0.5, "neurons": 0.5},
         warm=warm,
-        bias_rate=bias_rate,
     )
 
 
@@ -232,38 +227,16 @@ def test_a_rate_finder_sets_the_rate_and_puts_everything_back(tmp_path: Path) ->
     plain, found = Watch(), Watch()
     first = module(shadow(), Bce(), lr=1e-9)
     fit(first, SyntheticRows(), trainer(tmp_path / "a", plain))
-    second = module(shadow(), Bce(), lr=1e-9, bias_rate=2.0)
+    second = module(shadow(), Bce(), lr=1e-9)
     fit(second, SyntheticRows(), trainer(tmp_path / "b", RateFinder(40), found))
     assert second.rate is not None
     assert 1e-5 < second.rate < 0.2
     first_step = plain.rates[0] / 1e-9  # of the schedule
-    step = second.rate * first_step
-    assert found.rates == [pytest.approx(step), pytest.approx(2 * step)]
+    assert found.rates == [pytest.approx(second.rate * first_step)] * 2
     for a, b in zip(plain.weights, found.weights, strict=True):
         assert torch.equal(a, b)
     assert second.results["neurons"]["recall"] > first.results["neurons"]["recall"] + 0.02
     assert not list(tmp_path.rglob(".lr_find*"))
-
-
-def test_biases_train_at_a_rate_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bias_rate=0"):
-        module(shadow(), Bce(), bias_rate=0)
-
-    class Start(pl.Callback):
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            self.held = {n: p.clone() for n, p in module.predictor.named_parameters()}
-
-    moved: list[dict[str, Any]] = []
-    for rate in (1.0, 50.0):
-        net, start = module(shadow(), Bce(), lr=1e-4, bias_rate=rate), Start()
-        short = trainer(tmp_path / str(rate), start, max_steps=1, val_check_interval=1)
-        short.fit(net, datamodule=SyntheticRows())
-        now = dict(net.predictor.named_parameters())
-        moved.append({n: (now[n] - p).abs().max() for n, p in start.held.items()})
-    slow, fast = moved
-    for name, by in slow.items():
-        factor = 50.0 if name.endswith("bias") else 1.0
-        assert float(fast[name]) == pytest.approx(float(by) * factor, rel=2e-2, abs=1e-9)
 
 
 @pytest.mark.parametrize(

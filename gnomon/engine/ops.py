@@ -43,7 +43,7 @@ TORCH = Ops(
     cpu_gather.row_gather,
     cpu_gather.ffn_up,
     cpu_gather.column_gather,
-    norm_add.norm_add_reference,
+    cpu_gather.norm_add,
     cpu_attention.decode_attention,
     cpu_threshold.threshold_gemv,
     sketched_ffn.sketched_ffn_gather,

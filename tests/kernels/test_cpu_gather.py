@@ -13,6 +13,7 @@ from gnomon.kernels import cpu_gather, cpu_library
 from gnomon.kernels.column_gather import column_gather_reference
 from gnomon.kernels.gather_common import rows_wanted
 from gnomon.kernels.gathered_ffn import ffn_up_reference
+from gnomon.kernels.norm_add import norm_add_reference
 from gnomon.kernels.row_gather import row_gather_reference
 from gnomon.kernels.rowscaled_linear import rowscaled_linear, rowscaled_linear_reference
 from tolerances import TOLERANCE, relative_rms
@@ -63,6 +64,20 @@ def test_ffn_up(activation: str, gated: bool, norm: str) -> None:
     args = (torch.randn(2, 40), up, gate, index, None, activation, torch.randn(33))
     y, expected = cpu_gather.ffn_up(*args, **norms), ffn_up_reference(*args, **norms)
     assert relative_rms(y, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_norm_add(norm: str, residual: bool) -> None:
+    for rows, width, dtype in ((1, 1, torch.float32), (3, 50, torch.bfloat16)):
+        x, gain = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
+        more = torch.randn(rows, width) if residual else None
+        how = (gain, torch.randn(width), norm, 1e-5, more, torch.float32)
+        with torch.no_grad():
+            y = cpu_gather.norm_add(x, *how)
+        assert relative_rms(y, norm_add_reference(x, *how)) < TOLERANCE[torch.float32]
+    with torch.no_grad(), pytest.raises(ValueError, match="norm='batch'"):
+        cpu_gather.norm_add(x, gain, norm="batch")
 
 
 def test_whole_places_rows_and_reads_channels_where_they_are() -> None:
