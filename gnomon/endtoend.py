@@ -101,6 +101,12 @@ def make_module(
             f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "
             "into something else: use objective=kl, or predictor.tune=false (heads alone)"
         )
+    balanced = isinstance(objective, Kl) and objective.balanced
+    if balanced and student is not None and student.choose == "threshold":
+        raise ValueError(
+            "objective.balanced=true keeps the mass of every position, and "
+            "student.choose=threshold moves it between positions: use objective.balanced=false"
+        )
     how = (optimizer, scheduler, density, warm)
     if student is None:
         return PredictorModule(predictor, objective, *how)

@@ -228,12 +228,10 @@ def launch_up(
     rows = max(1, min(8, warps * 128 // block))
     _up_kernel[(-(-n // rows), batch)](
         x.contiguous(),
-        up,
-        up_scale,
-        gate,
-        gate_scale,
-        up_bias,
-        gate_bias,
+        *(
+            None if t is None else t.contiguous()
+            for t in (up, up_scale, gate, gate_scale, up_bias, gate_bias)
+        ),
         h,
         n,
         W=width,
@@ -271,11 +269,7 @@ def launch_down(
     if splits > 1:
         partial = torch.empty((batch, splits, width), dtype=torch.float32, device=h.device)
     _down_kernel[(tiles, splits, batch)](
-        h.contiguous(),
-        down,
-        scale,
-        bias,
-        None if residual is None else residual.contiguous(),
+        *(None if t is None else t.contiguous() for t in (h, down, scale, bias, residual)),
         y,
         partial,
         tickets(h.device),

@@ -25,6 +25,7 @@ from gnomon.policies import (
     Core,
     DejaVu,
     DenseFallback,
+    DenseInt8,
     FFSplit,
     Griffin,
     Shadow,
@@ -296,11 +297,19 @@ ENGINE = {
 }
 
 
+def replayed(engine: Engine, ids: Tensor) -> Tensor:
+    """Logits of the last of six steps, as ``agree`` runs them."""
+    engine.prefill(ids[:, :9])
+    for i in range(8, 14):
+        engine.step(ids[:, i])
+    return engine.logits.clone()
+
+
 @pytest.mark.parametrize(
     ("name", "family", "backend"),
     [
         ("int8", "llama", "torch"),
-        ("int8", "opt", "triton"),
+        ("int8", "opt", "torch"),
         ("int4", "llama", "triton"),
         ("int4", "gemma2", "torch"),
         ("no-heavy", "opt", "torch"),
@@ -324,11 +333,9 @@ def test_the_engine_reads_the_compressed_rest(
             kind = torch.uint8 if how["rest"] == "int4" else torch.int8
             assert rest.up.weight.dtype == rest.down_t.weight.dtype == kind
             assert len(rest.up.weight) + len(layer.up.weight) == describe(model).F
+            assert torch.equal(replayed(engine, ids), logits)
             rest.down_t.scale.zero_()  # the step reads these, and nothing in their place
-            engine.prefill(ids[:, :9])
-            for i in range(9, 14):
-                engine.step(ids[:, i])
-            assert not torch.allclose(engine.logits, logits, atol=1e-2)
+            assert not torch.allclose(replayed(engine, ids), logits, atol=1e-2)
     assert found["logits_rms"] < 1e-5 and found["top1"] == 1.0
     for path, value in model.named_parameters():
         assert torch.equal(value, before[path])
@@ -345,14 +352,33 @@ def test_a_split_that_the_engine_does_not_read_is_refused() -> None:
     for policy in (
         FFSplit(made, heavy=0.5, rest="lowrank"),
         FFSplit(made, heavy=0.5, inner=inner),
+        FFSplit(made, heavy=0.5, inner=DenseInt8()),
+        SkipSublayers(layers=[1], what="attention", inner=FFSplit(made, heavy=0.5)),
     ):
-        with pytest.raises(UnsupportedPolicyError, match="rest=int8 or int4 and no policy inside"):
+        with pytest.raises(UnsupportedPolicyError, match="without a policy inside or round it"):
             Engine(model, policy, context=32)
     with (
         laid_out(model, describe(model)) as weights,
         pytest.raises(UnsupportedPolicyError, match="keeps neurons whole"),
     ):
         Engine(model, FFSplit(made, heavy=0.5), context=32, weights=weights.quantized())
+    with pytest.raises(UnsupportedPolicyError, match="rest=int4 has kernels in Triton alone"):
+        Engine(copy.deepcopy(model).cpu(), FFSplit(made, heavy=0.5, rest="int4"), context=32)
+    with (
+        Engine(model, FFSplit(made, heavy=0.5), context=32) as engine,
+        pytest.raises(ValueError, match="FFNs in two parts, which no other policy reads"),
+    ):
+        Engine(model, context=32, weights=engine.weights)
+
+
+def test_a_policy_inside_that_changes_weights_too_is_undone_after_it() -> None:
+    model, _ = tiny_host("llama")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    policy = FFSplit(calibration(model), heavy=0.3, inner=DenseInt8())
+    with gnomon.sparsify(model, policy, backend="mask", protocol="all"):
+        assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
 
 
 def test_speed_counts_the_bytes_of_the_compressed_rest() -> None:

@@ -218,7 +218,7 @@ def test_tasks_that_generate_run_sparsely(host: Any) -> None:
 
 
 def test_files_whose_answers_are_written(host: Any, tmp_path: Path) -> None:
-    """The dense host's own words are the targets: it has them all, a zero mask none."""
+    """The dense host's own words are the targets: it has them all, half of its units not."""
     model, tokenizer = host
     made = examples("cloze", 6)
     for example in made:
@@ -233,6 +233,10 @@ def test_files_whose_answers_are_written(host: Any, tmp_path: Path) -> None:
     assert dense.scores == [float(k) for k in kept] and sum(kept) > 3 and dense.metric == "acc"
     with gnomon.sparsify(model, POLICIES["random"](model, HALF)) as lm.session:
         sparse = ask(lm, task, limit=None, seed=0)
+    shots = load_tasks(["cloze"], tmp_path, fewshot=1)["cloze"]
+    shots.set_fewshot_seed(seed=0)
+    asked = shots.fewshot_context(made[0], 1)
+    assert asked.endswith("\n\n" + made[0]["prompt"]) and "  " not in asked.partition("\n\n")[0]
     row = compare(dense, sparse)
     assert row["acc_sparse"] < row["acc_dense"] and row["n"] == 6 and "kl" not in row
 

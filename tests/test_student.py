@@ -15,6 +15,7 @@ from gnomon.host import KINDS, Tap, describe
 from gnomon.policies import build_policy
 from gnomon.predictors import divergence
 from gnomon.predictors.divergence import Divergence, mean_kl
+from gnomon.runtime import student as student_module
 from gnomon.runtime.student import Softness, Student
 from gnomon.tiny import tiny_host
 
@@ -197,6 +198,20 @@ def test_thresholds_meet_the_budget_in_the_mean_and_decide_units_by_themselves()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     found.square().mean().backward()
     assert bool(made.predictor.gate.weight.grad.any())  # type: ignore[union-attr]
+
+
+def test_thresholds_are_placed_on_a_sample_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = student("sketch", Budget(heads=1.0, neurons=0.25), choose="threshold")
+    units, rows = made.spec.F, 64
+    scores = torch.rand(rows, units) + torch.arange(units)  # units differ more than tokens
+    exact = made._quantile("neurons", 0, scores)
+    monkeypatch.setattr(student_module, "SAMPLE", rows * units // 8)
+    sampled = made._quantile("neurons", 0, scores)
+    share = made.policy.counts["neurons"][0] / units
+    for cut in (exact, sampled):
+        assert float((scores >= cut).float().mean()) == pytest.approx(share, abs=0.02)
+    whole = student("sketch", Budget(heads=1.0, neurons=0.999), choose="threshold")
+    assert float(whole._quantile("neurons", 0, scores)) == -torch.inf
 
 
 def test_decisions_are_fp32_under_autocast() -> None:

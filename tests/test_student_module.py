@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+import cases
 import gnomon
 from gnomon.budget import Budget
 from gnomon.data.blocks import BlockSettings
@@ -237,6 +238,15 @@ def test_training_that_ends_worse_than_it_began_says_so(
 ) -> None:
     found = fitted(start(), Kl(), 3, lr=1.0, warm=True)["student"]
     assert found["float"]["kl"] > found["start"]["kl"] and "lower optimizer.lr" in caplog.text
+
+
+def test_balance_and_thresholds_are_refused_together() -> None:
+    model, _ = tiny_host()
+    net = cases.predictor(model, "sketch", tune=True)
+    how = {"density": {"heads": 1.0, "neurons": 0.5}, "choose": "threshold"}
+    with pytest.raises(ValueError, match=r"student.choose=threshold moves it between positions"):
+        fitted(net, Kl(balanced=True), 1, **how)
+    fitted(net, Kl(), 2, **how)
 
 
 def test_gradient_criteria_are_refused_on_policy() -> None:

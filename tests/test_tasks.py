@@ -53,9 +53,18 @@ WRITTEN_ANSWERS = [
     ("gsm8k", {"answer": "#### 7"}, " 7 less 1 #### 6", 0),
     ("gsm8k", {"answer": "#### -2.50"}, "it is -2.5", 1),
     ("gsm8k", {"answer": "#### 7"}, "none", 0),
+    ("gsm8k", {"answer": "#### 72"}, " #### 72 apples in 3 bags #### 8", 1),
+    ("gsm8k", {"answer": "#### 7"}, "so 7 #### ", 1),
+    ("gsm8k", {"answer": "#### 5"}, "10-5", 1),
+    ("gsm8k", {"answer": "-$5"}, "it is −5", 1),
+    ("gsm8k", {"answer": "0.5"}, "thus .5", 1),
+    ("gsm8k", {"answer": "1000"}, "$1,000.", 1),
     ("cloze", {"target": "Sand"}, " sand, and stone", 1),
     ("cloze", {"target": "sand"}, " sandstone", 0),
     ("cloze", {"target": "sand"}, "", 0),
+    ("cloze", {"target": "don"}, "don't", 0),
+    ("cloze", {"target": "1"}, "1.5 hours", 0),
+    ("cloze", {"target": "1"}, "1. hour", 1),
 ]
 
 
@@ -115,8 +124,18 @@ def test_wrong_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no example"):
         local_config(tmp_path, "copa")
     (tmp_path / "copa.jsonl").write_text('{"question": "a", "answer": "b"}')
-    with pytest.raises(ValueError, match="line 1: field 'answer' is 'b', without a number"):
+    with pytest.raises(ValueError, match="line 1: field 'answer' is 'b', which gives no one"):
         local_config(tmp_path, "copa")
+    for line, message in (
+        ('{"question": "a", "answer": "#### 3/4"}', "no one number: end it in #### and a number"),
+        ('{"prompt": "a", "target": "b\\nc"}', "the model writes one line: give one"),
+        ('{"question": "a", "choices": ["b"], "answer": "1"}', "field 'query' is missing"),
+    ):
+        (tmp_path / "copa.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+            local_config(tmp_path, "copa")
+    (tmp_path / "copa.jsonl").write_text('{"question": "a", "answer": 7}')
+    assert list(read_examples(tmp_path / "copa.jsonl")) == [{"question": "a", "answer": "7"}]
     (tmp_path / "copa.jsonl").write_text('{"riddle": "a", "solution": "b"}')
     with pytest.raises(ValueError, match="line 1: fields riddle, solution are of no known task"):
         local_config(tmp_path, "copa")

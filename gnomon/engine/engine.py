@@ -28,6 +28,7 @@ from gnomon.engine.support import (
     named_memory,
     one_device,
     require_bound,
+    require_fast,
     require_fit,
     require_plain_weights,
     require_policy,
@@ -60,8 +61,8 @@ class Engine:
         context: most tokens of a sequence, prompt included. Buffers have 512, 1024, 2048, …
             places, this many at most, as the prompt and what it asks for need.
         weights: of another engine of the same host (``engine.weights``), so that nothing is laid
-            out or held twice but linears whose input channels are skipped; that engine must
-            outlive this one.
+            out or held twice but linears whose input channels are skipped, and FFSplit's heavy
+            rows and rest; that engine must outlive this one.
 
     Raises:
         UnsupportedHostError: the host's step cannot be expressed.
@@ -89,6 +90,8 @@ class Engine:
             require_policy(policy)
             policy.bind(model, self.spec)
             require_bound(policy, None if weights is None else weights.int8)
+            if backend == "auto" and self.ops.name == "torch":
+                require_fast(policy)
         lists = Lists(self.spec, self.device, self.ops.name)
         self._cache: Cache | None = None
         self._steps: dict[Sampling, tuple[Replay, Sets, Inputs]] = {}

@@ -19,15 +19,18 @@ from gnomon.policies.base import Policy
 from gnomon.policies.compressed import Compressed
 from gnomon.policies.ffsplit import FFSplit
 from gnomon.policies.split_weights import SplitWeights
+from gnomon.policies.wrap import Wrapper
 
 READ = ("int8", "int4")  # what the kernels read of the rest
 
 
 def readable(policy: Policy) -> bool:
     """Whether the step reads a policy's change of weights."""
-    if policy.weight_dtype == "int8" or not policy.transforms:
-        return True
-    return isinstance(policy, FFSplit) and policy.alone and policy.rest in READ
+    if isinstance(policy, FFSplit):
+        return policy.alone and policy.rest in READ
+    if isinstance(policy, Wrapper) and not readable(policy.inner):
+        return False
+    return policy.weight_dtype == "int8" or not policy.transforms
 
 
 @torch.no_grad()

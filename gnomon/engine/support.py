@@ -15,6 +15,7 @@ from gnomon.host import HostSpec, UnsupportedHostError, weight
 from gnomon.kernels.launch import interpreted
 from gnomon.kernels.select import triton
 from gnomon.policies.base import Policy
+from gnomon.policies.ffsplit import FFSplit
 
 SMALLEST = 512  # tokens of the smallest context bucket
 
@@ -121,8 +122,8 @@ def require_weights(policy: Policy) -> None:
     if not readable(policy):
         raise UnsupportedPolicyError(
             f"policy={policy.name} changes the host's weights in a way that the decode engine does "
-            f"not read (it reads ffsplit with rest={' or '.join(READ)} and no policy inside): use "
-            "gnomon.sparsify with generate()"
+            f"not read (it reads ffsplit with rest={' or '.join(READ)}, without a policy inside or "
+            "round it): use gnomon.sparsify with generate()"
         )
 
 
@@ -164,6 +165,16 @@ def require_channels(policy: Policy, int8: bool) -> None:
         raise UnsupportedPolicyError(
             f"policy={policy.name} skips input channels, which the decode engine does not read of "
             "int8 weights: load the host in a floating-point dtype"
+        )
+
+
+def require_fast(policy: Policy) -> None:
+    """Raises UnsupportedPolicyError for what PyTorch operators would widen anew at every step."""
+    if isinstance(policy, FFSplit) and policy.rest == "int4":
+        raise UnsupportedPolicyError(
+            f"policy={policy.name} with rest=int4 has kernels in Triton alone, and PyTorch's "
+            "operators widen all of it at every step: use rest=int8, gnomon.sparsify with "
+            "generate(), or backend=torch all the same"
         )
 
 

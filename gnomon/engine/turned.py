@@ -38,6 +38,11 @@ def weights_for(
         shared: another engine's, or None.
     """
     if shared is not None:
+        if any(layer.rest is not None for layer in shared.layers):
+            raise ValueError(
+                "weights hold an FFSplit's FFNs in two parts, which no other policy reads: share "
+                "those of an engine without a policy"
+            )
         return split_apart(turned(shared, spec, roles), model, policy)
     try:
         weights = lay_out_turned(model, spec, roles)

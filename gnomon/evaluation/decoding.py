@@ -240,7 +240,7 @@ def rates(
         predictor=predictor_traffic(policy),
         int8=sparse_int8,
         read=policy.fractions(kept.union),
-        saved=0 if sparse_int8 else policy.saved_bytes(kept.each, policy.bytes.size),
+        saved=0 if sparse_int8 else policy.saved_bytes(kept.union, policy.bytes.size),
     )
     ms_dense, ms_sparse = times["dense"].median, times["sparse"].median
     ideal = every.total / some.total

@@ -10,18 +10,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from gnomon.evaluation.written import begins_with, number, same_number
+
 ENDINGS = (".jsonl", ".tsv", ".csv")
 ALIASES = {"openbookqa": "openbook_qa", "lambada_openai": "lambada"}  # the harness's names
 _ASKED = ("arc_easy", "arc_challenge", "boolq")  # their files' queries end before "Answer:"
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 Example = dict[str, Any]
 
@@ -36,6 +35,7 @@ class Form:
         choices: the field with the list of choices, or how many there are.
         config: templates of the harness.
         generates: whether the model writes its answer.
+        without: fields that tell a line of another form.
     """
 
     fields: tuple[str, ...]
@@ -43,6 +43,7 @@ class Form:
     choices: str | int
     config: dict[str, Any]
     generates: bool = False
+    without: tuple[str, ...] = ()
 
 
 def _choice(text: str, choices: Any, target: str) -> dict[str, Any]:
@@ -52,24 +53,6 @@ def _choice(text: str, choices: Any, target: str) -> dict[str, Any]:
         "doc_to_choice": choices,
         "doc_to_target": target,
     }
-
-
-def _begins_with(doc: Example, answers: Sequence[str]) -> dict[str, float]:
-    """1 where the text that was written begins with the target, in whole words and any case."""
-    written, target = (text.strip().casefold() for text in (answers[0], doc["target"]))
-    after = written[len(target) : len(target) + 1]
-    return {"acc": float(written.startswith(target) and not after.isalnum())}
-
-
-def _same_number(doc: Example, answers: Sequence[str]) -> dict[str, float]:
-    """1 where the number after ``####``, or else the last one written, is the answer's."""
-    wanted = _number(doc["answer"])
-    return {"exact_match": float(wanted is not None and _number(answers[0]) == wanted)}
-
-
-def _number(text: str) -> float | None:
-    found = _NUMBER.findall(text.rpartition("####")[2] or text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def _written(
@@ -122,19 +105,20 @@ FORMS: dict[str, Form] = {
         0,
         _written(
             "Question: {{question}}\nAnswer:",
-            "{{' ' + answer}}",
+            "{{answer}}",
             "Question:",
             256,
-            _same_number,
+            same_number,
             "exact_match",
         ),
         generates=True,
+        without=("choices", "options"),
     ),
     "completion": Form(
         ("prompt", "target"),
         None,
         0,
-        _written("{{prompt}}", "{{' ' + target}}", "\n", 16, _begins_with, "acc"),
+        _written("{{prompt}}", "{{target}}", "\n", 16, begins_with, "acc"),
         generates=True,
     ),
     "last_word": Form(
@@ -262,10 +246,11 @@ def _parsed(path: Path, line: int, text: str) -> Example:
 
 def _guess(path: Path, line: int, example: Example) -> Form:
     """The form whose fields an example has; else the error for the one that comes closest."""
-    for form in FORMS.values():
+    able = [f for f in FORMS.values() if not any(name in example for name in f.without)]
+    for form in able:
         if all(name in example for name in form.fields):
             return form
-    closest = max(FORMS.values(), key=lambda f: sum(name in example for name in f.fields))
+    closest = max(able, key=lambda f: sum(name in example for name in f.fields))
     if not any(name in example for name in closest.fields):
         kinds = "; ".join(", ".join(form.fields) for form in FORMS.values())
         raise ValueError(
@@ -281,6 +266,8 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
         if name not in example:
             raise ValueError(f"{where}: field {name!r} is missing; give {', '.join(form.fields)}")
     kept = {name: example[name] for name in form.fields}
+    if form.generates:
+        kept = {k: str(v) if type(v) in (int, float) else v for k, v in kept.items()}
     for name, value in kept.items():
         listed = name == form.choices
         fits = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
@@ -288,8 +275,17 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
             wanted = "a list of two texts or more" if listed else "a text that is not empty"
             raise ValueError(f"{where}: field {name!r} is {value!r}, not {wanted}")
     if form.generates:
-        if "answer" in kept and _number(kept["answer"]) is None:
-            raise ValueError(f"{where}: field 'answer' is {kept['answer']!r}, without a number")
+        answer = kept.get("answer", "0")
+        if number(answer) is None or "/" in answer.rpartition("####")[2]:
+            raise ValueError(
+                f"{where}: field 'answer' is {answer!r}, which gives no one number: end it in "
+                "#### and a number, as in #### 72"
+            )
+        if "\n" in kept.get("target", "").strip():
+            raise ValueError(
+                f"{where}: field 'target' is {kept['target']!r}, and the model writes one line: "
+                "give one"
+            )
         return kept
     if form.answer is None:
         if " " not in kept["text"].strip():

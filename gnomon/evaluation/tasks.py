@@ -26,6 +26,7 @@ from gnomon.evaluation.harness import Answers, ask, load_tasks, open_lm, require
 from gnomon.evaluation.rows import BRACKETS
 from gnomon.evaluation.subject import Subject
 from gnomon.evaluation.task_files import file_facts
+from gnomon.evaluation.written import SCORER
 from gnomon.policies import Policy
 
 SEVEN = ("piqa", "copa", "openbookqa", "winogrande", "rte", "hellaswag", "arc_easy")
@@ -171,6 +172,7 @@ class Tasks:
             "task": name,
             "docs": hashlib.sha256(docs.encode()).hexdigest()[:16],
             "prompt": json.dumps([t for t in templates if isinstance(t, str | list)]),
+            "written": f"{task.get_config('generation_kwargs')} {SCORER}",
             "fewshot": str(self._shots(name)),
             "seed": str(self.seed),
             "versions": f"{versions().get('lm-eval')} {torch.__version__}",

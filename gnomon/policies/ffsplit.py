@@ -187,8 +187,8 @@ class FFSplit(Core):
         """Puts the weights that the split stands for in place, and the host's own back on exit."""
         split = self.split(model)
         original: dict[str, Any] = {}
-        try:
-            with self.inner.transform(model):
+        with self.inner.transform(model):  # puts its own back after this
+            try:
                 for (layer, role), part in split.parts.items():
                     path = str(getattr(self.spec.layers[layer], role))
                     linear = model.get_submodule(path)
@@ -196,9 +196,9 @@ class FFSplit(Core):
                     rows = split.put(weight(model, path).detach(), layer, role, part)
                     linear.weight = nn.Parameter(rows, requires_grad=False)
                 yield
-        finally:
-            for path, held in original.items():
-                setattr(model.get_submodule(path), "weight", held)  # noqa: B010
+            finally:
+                for path, held in original.items():
+                    setattr(model.get_submodule(path), "weight", held)  # noqa: B010
 
     @torch.no_grad()
     def split(self, model: nn.Module) -> SplitWeights:

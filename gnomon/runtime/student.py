@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from math import gcd
 from typing import Any, get_args
 
 import torch
@@ -274,9 +275,13 @@ class Student:
     def _quantile(self, kind: UnitKind, layer: int, scores: Tensor) -> Tensor:
         """The score (1,) that a layer's share of these (M, N) reaches, from a sample of them."""
         share = self.policy.counts[kind][layer] / scores.shape[-1]
-        sample = scores.detach().flatten()[:: -(-scores.numel() // SAMPLE)]
-        drop = round((1 - share) * len(sample))
-        return sample.sort().values[min(drop, len(sample) - 1)][None]
+        if share == 1:
+            return scores.new_full((1,), -torch.inf)
+        stride = -(-scores.numel() // SAMPLE)
+        while gcd(stride, scores.shape[-1]) > 1:  # every unit has its turn
+            stride += 1
+        sample = scores.detach().flatten()[::stride]
+        return sample.sort().values[min(round((1 - share) * len(sample)), len(sample) - 1)][None]
 
 
 def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) -> None:
