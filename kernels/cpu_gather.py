@@ -124,8 +124,10 @@ def norm_add(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As :func:`gnomon.kernels.norm_add.norm_add_reference`."""
-    lib = serving(x)
-    if lib is None:
+    lib = serving(x) if x.dim() == 2 else None
+    odd = any(t is not None and t.shape != x.shape[1:] for t in (weight, bias))
+    odd |= residual is not None and residual.shape != x.shape
+    if lib is None or odd:
         return norm_add_reference(x, weight, bias, norm, eps, residual, out_dtype)
     check_choice("norm", norm, NORMS)
     y = torch.empty(x.shape)

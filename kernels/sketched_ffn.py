@@ -114,7 +114,8 @@ def _gather(
 ) -> Found:
     """On a CPU rows of what passes, in C; elsewhere the reference: a list waits for its length."""
     lib = cpu_gather.serving(x, up.weight, None if gate is None else gate.weight)
-    if lib is None:
+    mixed = gate is not None and gate.weight.dtype != up.weight.dtype
+    if lib is None or mixed:
         return _reference(x, cut, activation, offset, copies, up, gate)
     return cpu_sketch.sketched(lib, x, cut, activation, offset, copies, up, gate, TINY)
 

@@ -61,7 +61,11 @@ WRITTEN_ANSWERS = [
     ("gsm8k", {"answer": "1000"}, "$1,000.", 1),
     ("cloze", {"target": "Sand"}, " sand, and stone", 1),
     ("cloze", {"target": "sand"}, " sandstone", 0),
+    ("gsm8k", {"answer": "#### 72"}, "USD72 in all", 1),
+    ("gsm8k", {"answer": "#### 12"}, "it is...12", 1),
     ("cloze", {"target": "sand"}, "", 0),
+    ("cloze", {"target": "x ="}, "x =5", 1),
+    ("cloze", {"target": "O’Brien"}, "O'Brien said", 1),
     ("cloze", {"target": "don"}, "don't", 0),
     ("cloze", {"target": "1"}, "1.5 hours", 0),
     ("cloze", {"target": "1"}, "1. hour", 1),
@@ -134,8 +138,8 @@ def test_wrong_folders_and_files_are_named(tmp_path: Path) -> None:
         (tmp_path / "copa.jsonl").write_text(line)
         with pytest.raises(ValueError, match=f"line 1: .*{message}"):
             local_config(tmp_path, "copa")
-    (tmp_path / "copa.jsonl").write_text('{"question": "a", "answer": 7}')
-    assert list(read_examples(tmp_path / "copa.jsonl")) == [{"question": "a", "answer": "7"}]
+    (tmp_path / "copa.jsonl").write_text('{"question": "a", "answer": 1e-5}')
+    assert list(read_examples(tmp_path / "copa.jsonl")) == [{"question": "a", "answer": "0.00001"}]
     (tmp_path / "copa.jsonl").write_text('{"riddle": "a", "solution": "b"}')
     with pytest.raises(ValueError, match="line 1: fields riddle, solution are of no known task"):
         local_config(tmp_path, "copa")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -112,7 +114,7 @@ FORMS: dict[str, Form] = {
             "exact_match",
         ),
         generates=True,
-        without=("choices", "options"),
+        without=("choices", "options", "passage", "A", "choice1"),
     ),
     "completion": Form(
         ("prompt", "target"),
@@ -267,7 +269,7 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
             raise ValueError(f"{where}: field {name!r} is missing; give {', '.join(form.fields)}")
     kept = {name: example[name] for name in form.fields}
     if form.generates:
-        kept = {k: str(v) if type(v) in (int, float) else v for k, v in kept.items()}
+        kept = {k: _plain(v) if type(v) in (int, float) else v for k, v in kept.items()}
     for name, value in kept.items():
         listed = name == form.choices
         fits = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
@@ -276,7 +278,9 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
             raise ValueError(f"{where}: field {name!r} is {value!r}, not {wanted}")
     if form.generates:
         answer = kept.get("answer", "0")
-        if number(answer) is None or "/" in answer.rpartition("####")[2]:
+        if number(answer) is None or re.search(
+            r"\d\s*/\s*\d", answer.partition("####")[2] or answer
+        ):
             raise ValueError(
                 f"{where}: field 'answer' is {answer!r}, which gives no one number: end it in "
                 "#### and a number, as in #### 72"
@@ -293,6 +297,11 @@ def _checked(path: Path, line: int, example: Example, form: Form) -> Example:
         return {"text": kept["text"].strip()}
     count = form.choices if isinstance(form.choices, int) else len(kept[form.choices])
     return kept | {form.answer: _index(where, form.answer, kept[form.answer], count)}
+
+
+def _plain(value: float) -> str:
+    """A JSON number without an exponent."""
+    return format(Decimal(str(value)), "f")
 
 
 def _text(value: Any) -> bool:

@@ -168,11 +168,13 @@ class Tasks:
         task = self.tasks[name]
         docs = json.dumps(list(islice(iter(task.eval_docs), self.limit)), default=str)
         templates = [task.get_config(f"doc_to_{key}") for key in ("text", "choice", "target")]
-        return {
+        written = {}
+        if task.get_config("output_type") == "generate_until":
+            written = {"written": f"{task.get_config('generation_kwargs')} {SCORER}"}
+        return written | {
             "task": name,
             "docs": hashlib.sha256(docs.encode()).hexdigest()[:16],
             "prompt": json.dumps([t for t in templates if isinstance(t, str | list)]),
-            "written": f"{task.get_config('generation_kwargs')} {SCORER}",
             "fewshot": str(self._shots(name)),
             "seed": str(self.seed),
             "versions": f"{versions().get('lm-eval')} {torch.__version__}",

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SCORER = 1  # part of what cached answers depend on
-_NUMBER = re.compile(r"(?<![\w.])([-−]?)\$?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(
+    r"(?<!\d)(?<!\d\.)([-−–]?)\$?"
+    r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
 _GOES_ON = re.compile(r"[\w'’-]|[.,]\d")
 
 
 def begins_with(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     """1 where the text that was written begins with the target, in whole words and any case."""
-    written, target = (text.strip().casefold() for text in (answers[0], doc["target"]))
-    rest = written[len(target) :]
+    both = (answers[0], doc["target"])
+    written, target = (text.strip().casefold().replace("’", "'") for text in both)
+    rest = written[len(target) :] if target[-1:].isalnum() else ""
     return {"acc": float(written.startswith(target) and not _GOES_ON.match(rest))}
 
 

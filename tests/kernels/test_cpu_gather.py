@@ -69,6 +69,7 @@ def test_ffn_up(activation: str, gated: bool, norm: str) -> None:
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 def test_norm_add(norm: str, residual: bool) -> None:
+    assert cpu_library.library() is not None
     for rows, width, dtype in ((1, 1, torch.float32), (3, 50, torch.bfloat16)):
         x, gain = torch.randn(rows, width).to(dtype), torch.rand(width).to(dtype)
         more = torch.randn(rows, width) if residual else None
