@@ -25,8 +25,6 @@ try:
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
-BYTES = 16  # of a group's codes
-
 if triton is not None:
 
     @triton.jit

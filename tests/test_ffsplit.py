@@ -16,7 +16,7 @@ from gnomon.budget import Budget
 from gnomon.engine.agreement import agree
 from gnomon.engine.engine import Engine
 from gnomon.engine.support import UnsupportedPolicyError
-from gnomon.engine.weights import laid_out
+from gnomon.engine.weights import LayerWeights, laid_out
 from gnomon.evaluation.decoding import Cell, decode_row, open_dense
 from gnomon.host import describe
 from gnomon.kernels.topk_mask import topk_mask
@@ -383,6 +383,12 @@ def test_a_policy_inside_that_changes_weights_too_is_undone_after_it() -> None:
         assert torch.equal(value, before[name])
 
 
+def _ffn_bytes(layer: LayerWeights) -> int:
+    parts = [layer] if layer.rest is None else [layer, layer.rest]
+    held = [m for part in parts for m in (part.up, part.gate, part.down_t) if m is not None]
+    return sum(m.nbytes for m in held)
+
+
 def test_speed_counts_the_bytes_of_the_compressed_rest() -> None:
     model, _ = tiny_host("llama")
     policy, ids, cell = FFSplit(calibration(model), heavy=0.0), ids_of(1, 64), Cell(1, 64, 50, 1, 4)
@@ -392,6 +398,14 @@ def test_speed_counts_the_bytes_of_the_compressed_rest() -> None:
     finally:
         dense.engine.close()
     saved = policy.saved_bytes(ALL, 4)
+    for heavy in (0.0, 0.3):  # against the bytes of what a step reads
+        split = FFSplit(calibration(model), heavy=heavy)
+        with (
+            Engine(model, context=32) as plain,
+            Engine(model, split, context=32, weights=plain.weights) as engine,
+        ):
+            sizes = [sum(map(_ffn_bytes, e.weights.layers)) for e in (plain, engine)]
+        assert sizes[0] - sizes[1] == pytest.approx(split.saved_bytes(ALL, 4))
     assert row["bytes_dense"] - row["bytes_sparse"] == pytest.approx(saved) and saved > 0
     assert row["speedup_ideal"] == pytest.approx(row["bytes_dense"] / row["bytes_sparse"])
     assert row["agreement"]["logits_rms"] < 1e-5
