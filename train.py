@@ -38,6 +38,7 @@ from gnomon.errors import one_line
 from gnomon.host import HostSpec
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.calibration import Calibration
+from gnomon.predictors.module import Rates
 from gnomon.predictors.objectives import Objective
 from gnomon.predictors.rates import RateFinder
 from gnomon.predictors.sketch import Sketch
@@ -85,6 +86,7 @@ def main(cfg: DictConfig) -> None:
         scheduler=instantiate(cfg.scheduler),
         density=density,
         warm=cfg.init is not None,
+        rates=Rates(cfg.bias_rate, cfg.student.spread_rate),
     )
 
     data = prepare(

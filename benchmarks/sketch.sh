@@ -5,11 +5,12 @@
 #
 # TRAIN is text for the trained ones (benchmarks/prepare_text.py); the others are rounded on the embedded text. HOST is another
 # host's options (HOST="host=tiny"), PARTS what to do, STEPS and BLOCKS the length of a training and the blocks (of text.block
-# tokens) of its steps, TOKENS those that are evaluated. One process at a time: several on one GPU take turns.
+# tokens) of its steps, TOKENS those that are evaluated, SPREAD=learned trains how many neurons each layer keeps too, BALANCED=true
+# lets scores compete in the gradient. One process at a time: several on one GPU take turns.
 set -euo pipefail
 : "${TRAIN:?}" "${WIKI:?}" "${C4:?}" "${OUT:=outputs/sketch}" "${HOST:=host=smollm2 host.device=cuda}" "${STEPS:=800}" "${BLOCKS:=8}"
 : "${TOKENS:=32768}" "${ROWS:=4096}" "${LR:=1e-4}" "${FIELDS:=[prefix,gold_completion]}" "${BITS:=1 2 3 4}" "${CAL:=text=embedded}"
-: "${PARTS:=plain kl50 kl30 thr50 thr30 one50 one30 heads}" "${SEED:=0}"
+: "${PARTS:=plain kl50 kl30 thr50 thr30 one50 one30 heads}" "${SEED:=0}" "${SPREAD:=layer}" "${BALANCED:=false}"
 export GNOMON_ROOT="$OUT/root"
 python=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -53,8 +54,13 @@ for part in $PARTS; do
       bits=2 choose=topk
       [[ $part == one* ]] && bits=1
       [[ $part == thr* ]] && choose=threshold
-      train "$part-$SEED" $kl predictor.bits="$bits" density.heads=1.0 density.neurons="0.${part: -2:1}" student.choose="$choose"
-      evaluate "$part-$SEED" policy.predictor="$OUT/$part-$SEED" budget.heads=1.0 budget.neurons=0.5,0.3 policy.params.choose=topk,threshold
+      name=$part-$SEED
+      [[ $SPREAD != layer ]] && name+=-$SPREAD
+      [[ $BALANCED == true ]] && name+=-balanced
+      train "$name" $kl predictor.bits="$bits" density.heads=1.0 density.neurons="0.${part: -2:1}" student.choose="$choose" \
+        student.spread="$SPREAD" objective.balanced="$BALANCED"
+      evaluate "$name" policy.predictor="$OUT/$name" budget.heads=1.0 budget.neurons=0.5,0.3 budget.spread="$SPREAD" \
+        policy.params.choose=topk,threshold
       ;;
     heads) # two thirds of the heads and half of the neurons, without and with end-to-end training
       train heads $rows density.heads=0.67 harvest.batch_size="$ROWS" harvest.heldout_tokens=8192 trainer.max_steps="$STEPS" \

@@ -4,6 +4,8 @@ A :class:`Sensitivity` holds an error of every layer at a few densities. Its low
 price list: what one more unit of that layer saves, falling with every unit. Under convex costs the
 greedy choice is optimal, so the units of all layers are taken in the order of what they save until
 the budget is full; heads and neurons together, where they share one, by what they save per byte.
+
+A :class:`Tilt` was learned with a predictor instead, by the gradient of its own loss.
 """
 
 from __future__ import annotations
@@ -99,6 +101,50 @@ class Sensitivity:
         """What identifies it in a result."""
         about = asdict(self)
         return {key: about[key] for key in ("measure", "densities", "source")}
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """How a training spread a budget over the layers: layer l keeps sigmoid(τ + tilt_l) of its N.
+
+    τ is the number at which the mean over layers meets the budget, so that one tilt serves every
+    density.
+
+    Attributes:
+        heads, neurons: L logits.
+    """
+
+    heads: tuple[float, ...]
+    neurons: tuple[float, ...]
+
+    def counts(self, kind: UnitKind, n: int, total: int, decided: Sequence[bool]) -> list[int]:
+        """Units of each layer, as :meth:`Sensitivity.counts` takes and gives them."""
+        own = np.array([t for t, free in zip(getattr(self, kind), decided, strict=True) if free])
+        total = min(max(total, len(own)), len(own) * n)
+        wanted = n * sigmoid(own + level(own, total / (n * len(own))))
+        kept = np.clip(np.floor(wanted), 1, n)
+        while (missing := round(total - kept.sum())) != 0:  # rounded to where it is missed most
+            step = 1 if missing > 0 else -1
+            free = kept < n if step > 0 else kept > 1
+            order = np.argsort(np.where(free, -step * (wanted - kept), np.inf), kind="stable")
+            kept[order[: min(abs(missing), int(free.sum()))]] += step
+        found = iter(kept.astype(int).tolist())
+        return [next(found) if free else n for free in decided]
+
+
+def level(tilt: Floats, share: float) -> float:
+    """τ at which the mean of sigmoid(τ + tilt) is a share in [0, 1]."""
+    low, high = -40.0 - tilt.max(), 40.0 - tilt.min()
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sigmoid(tilt + middle).mean() > share else (middle, high)
+    return float(low + high) / 2
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + exp(-x))."""
+    found: Floats = 0.5 * (1 + np.tanh(x / 2))
+    return found
 
 
 def convex_hull(x: Floats, y: Floats) -> Floats:

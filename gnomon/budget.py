@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gnomon.allocation import Sensitivity
+from gnomon.allocation import Sensitivity, Tilt
 from gnomon.errors import Refused
 from gnomon.host import HostSpec, UnitKind
 
-Spread = Literal["layer", "global", "hybrid", "calibrated"]
+Spread = Literal["layer", "global", "hybrid", "calibrated", "learned"]
 HeadUnit = Literal["head", "group"]
 
 
@@ -25,7 +25,8 @@ class Budget:
         neurons: density of FFN neurons; overrides ``density``.
         spread: ``layer`` keeps K = max(1, round(density·N)) in every layer; ``global`` ranks the
             units of all layers together; ``hybrid`` is global with a floor in every layer;
-            ``calibrated`` gives every layer a K of its own, by measured sensitivity.
+            ``calibrated`` gives every layer a K of its own, by measured sensitivity, ``learned``
+            one that the predictor was trained with.
         bytes: byte density to reach, found by byte accounting, with one common unit density, or
             under ``calibrated`` with those of heads and neurons that lose the least together;
             ``heads`` or ``neurons`` given beside it stay as given.
@@ -36,6 +37,7 @@ class Budget:
         floor: least density of a layer under ``hybrid``.
         sensitivity: what ``calibrated`` goes by: ``gnomon.load_predictor(<calibration>)
             .sensitivity``. In configs ``auto``, a folder or a hub id.
+        tilt: what ``learned`` goes by; a policy takes its predictor's.
 
     Raises:
         ValueError: a density outside (0, 1], conflicting or missing fields.
@@ -50,6 +52,7 @@ class Budget:
     head_unit: HeadUnit = "head"
     floor: float = 0.1
     sensitivity: Sensitivity | str | None = None
+    tilt: Tilt | None = None
 
     def __post_init__(self) -> None:
         for field in ("density", "heads", "neurons", "bytes", "floor"):
@@ -73,7 +76,7 @@ class Budget:
     @property
     def fixed_counts(self) -> bool:
         """Whether every decision of a layer keeps the same number of units."""
-        return self.spread in ("layer", "calibrated")
+        return self.spread in ("layer", "calibrated", "learned")
 
     def target(self, kind: UnitKind) -> float:
         """Density of one kind, in the mean over all layers; 1 for an unsolved ``bytes`` one.
@@ -125,7 +128,7 @@ class Budget:
 def layer_counts(
     budget: Budget, spec: HostSpec, kind: UnitKind, decided: Sequence[bool]
 ) -> list[int]:
-    """Units kept in each layer under ``spread=layer`` and ``calibrated``.
+    """Units kept in each layer where ``budget.fixed_counts``.
 
     Layers that the policy cannot decide stay dense and count: the others go lower, so that the mean
     over all layers meets the target. With ``head_unit=group`` counts are in key/value groups.
@@ -152,9 +155,10 @@ def layer_counts(
             f"{spec.L} dense, which alone is {(spec.L - free) / spec.L:.3f}. Raise the density or "
             "use a predictor that reads an earlier layer"
         )
-    if budget.spread == "calibrated":
+    if budget.spread in ("calibrated", "learned"):
         total = round(target * n * spec.L) - (spec.L - free) * n
-        return sensitivity_of(budget, spec).counts(kind, n, total, decided)
+        by = tilt_of(budget) if budget.spread == "learned" else sensitivity_of(budget, spec)
+        return by.counts(kind, n, total, decided)
     k = max(1, round(rest * n))
     return [k if d else n for d in decided]
 
@@ -184,6 +188,21 @@ def choices(budget: Budget, spec: HostSpec, kind: UnitKind) -> int:
     if kind == "heads" and budget.head_unit == "group":
         return spec.G
     return spec.units(kind)
+
+
+def tilt_of(budget: Budget) -> Tilt:
+    """What ``spread=learned`` goes by.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if budget.tilt is None:
+        raise ValueError(
+            "budget.spread='learned' goes by what a predictor learned with student.spread=learned, "
+            "and budget.tilt is None: use a policy that has a predictor (shadow, dejavu, sketch, "
+            "prior), or budget.spread=layer"
+        )
+    return budget.tilt
 
 
 def sensitivity_of(budget: Budget, spec: HostSpec) -> Sensitivity:

@@ -15,10 +15,10 @@ from gnomon.data.blocks import BlockSettings
 from gnomon.data.criteria import Criterion
 from gnomon.host import HostSpec, UnitKind
 from gnomon.policies.base import Refresh
-from gnomon.policies.sketch import Choose
+from gnomon.policies.learned import Choose
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.folder import load_predictor
-from gnomon.predictors.module import PredictorModule
+from gnomon.predictors.module import PredictorModule, Rates
 from gnomon.predictors.objectives import Kl, Objective
 from gnomon.predictors.prior import Prior
 from gnomon.predictors.sketch import Sketch
@@ -38,6 +38,7 @@ class Settings:
     head_unit: HeadUnit = "head"
     input_gradient: bool = False
     choose: Choose = "topk"
+    spread_rate: float = 1e-2
     heldout_tokens: int | None = None
 
     @property
@@ -85,12 +86,20 @@ def make_module(
     scheduler: Callable[..., LRScheduler] | None,
     density: Mapping[UnitKind, float],
     warm: bool,
+    rates: Rates | None = None,
 ) -> PredictorModule:
     """The module that fits a predictor: on rows, or on the sparse host where there is a student.
 
     Raises:
-        ValueError: a sketch to be tuned, or a prior, by another objective than ``kl``.
+        ValueError: a sketch to be tuned, or a prior, by another objective than ``kl``; a spread
+            to be learned by another one.
     """
+    learned = student is not None and student.policy.budget.spread == "learned"
+    if learned and not isinstance(objective, Kl):
+        raise ValueError(
+            f"student.spread=learned with objective={objective.name}, whose loss says nothing of "
+            "what a layer's next unit is worth: use objective=kl, or student.spread=layer"
+        )
     if isinstance(predictor, Prior) and not isinstance(objective, Kl):
         raise ValueError(
             f"objective={objective.name} with predictor=prior: its rows have no prompt to weigh "
@@ -101,13 +110,7 @@ def make_module(
             f"predictor.tune=true with objective={objective.name} would turn logs of magnitudes "
             "into something else: use objective=kl, or predictor.tune=false (heads alone)"
         )
-    balanced = isinstance(objective, Kl) and objective.balanced
-    if balanced and student is not None and student.choose == "threshold":
-        raise ValueError(
-            "objective.balanced=true keeps the mass of every position, and "
-            "student.choose=threshold moves it between positions: use objective.balanced=false"
-        )
-    how = (optimizer, scheduler, density, warm)
+    how = (optimizer, scheduler, density, warm, rates)
     if student is None:
         return PredictorModule(predictor, objective, *how)
     return StudentModule(student, objective, criterion, *how)

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from gnomon.allocation import Tilt
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.predictors.linear import Stack, StackByKind
 
@@ -79,6 +80,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             n = self.units(kind)
             self.register_buffer(f"means_{kind}", torch.zeros(L, n))
             self.register_buffer(f"quantiles_{kind}", torch.full((L, QUANTILES), torch.nan))
+            self.register_parameter(f"tilt_{kind}", nn.Parameter(torch.zeros(L), False))
 
     # -- what a subclass says -------------------------------------------------------------------
 
@@ -150,6 +152,34 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         NaN before :meth:`calibrate` and in layers that stay dense.
         """
         return {kind: getattr(self, f"quantiles_{kind}") for kind in KINDS}
+
+    @property
+    def tilts(self) -> dict[UnitKind, nn.Parameter]:
+        """Logits by which the layers' shares of a budget differ, kind -> (L,): ``spread=learned``.
+
+        Zero, and without a gradient, until :meth:`learn_spread`.
+        """
+        return {kind: getattr(self, f"tilt_{kind}") for kind in KINDS}
+
+    def learn_spread(self) -> None:
+        """Trains the tilts too."""
+        for tilt in self.tilts.values():
+            tilt.requires_grad_(True)
+
+    def tilt(self) -> Tilt:
+        """The tilts as they are now.
+
+        Raises:
+            ValueError: none were learned.
+        """
+        tilts = self.tilts
+        if not any(tilt.requires_grad or bool(tilt.any()) for tilt in tilts.values()):
+            raise ValueError(
+                f"budget.spread='learned': this {self.name} predictor was trained with the same "
+                "share in every layer: train it with objective=kl student.spread=learned, or use "
+                "budget.spread=layer"
+            )
+        return Tilt(*(tuple(tilts[kind].detach().double().tolist()) for kind in KINDS))
 
     @property
     def quantized(self) -> bool:

@@ -59,6 +59,8 @@ def load_predictor(path: str | Path, *, revision: str | None = None) -> Predicto
     config = read_config(folder)
     predictor = _build(config, folder)
     state = _read_weights(folder)
+    for kind in KINDS:  # folders from before spread=learned have none
+        state.setdefault(f"tilt_{kind}", torch.zeros(predictor.L))
     expected = predictor.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         found, wanted = state.get(key), expected.get(key)

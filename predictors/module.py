@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +16,31 @@ from gnomon.host import KINDS, UnitKind
 from gnomon.predictors.base import QUANTILES, Predictor
 from gnomon.predictors.metrics import NAMES, UnitMetrics, summary
 from gnomon.predictors.objectives import Objective, total_loss
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates other than ``optimizer.lr``.
+
+    Attributes:
+        biases: that of the biases, the fixed choice among them, as a multiple of it.
+        spread: that of the tilts of ``spread=learned``, in logits a step.
+
+    Raises:
+        ValueError: a rate of 0 or less.
+    """
+
+    biases: float = 1.0
+    spread: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for field, value, by in (
+            ("bias_rate", self.biases, "a positive multiple of optimizer.lr, 1 for the same"),
+            ("student.spread_rate", self.spread, "a positive rate, e.g. 1e-2"),
+        ):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{field}={value}: use {by}")
+
 
 CALIBRATION_ROWS = 256  # held-out rows whose predicted scores make the quantiles
 
@@ -31,6 +57,7 @@ class PredictorModule(pl.LightningModule):
         scheduler: takes the optimiser and ``total_steps``; None keeps the rate constant.
         density: kind -> kept fraction within a layer at which recall and mass are measured.
         warm: the predictor is trained already, and starts as it is.
+        rates: of what does not train at the optimiser's own.
     """
 
     def __init__(
@@ -41,8 +68,10 @@ class PredictorModule(pl.LightningModule):
         scheduler: Callable[..., LRScheduler] | None,
         density: Mapping[UnitKind, float],
         warm: bool = False,
+        rates: Rates | None = None,
     ) -> None:
         super().__init__()
+        self.rates = rates or Rates()
         self.predictor, self.objective = predictor, objective
         self._optimizer, self._scheduler = optimizer, scheduler
         self.density, self.warm = dict(density), warm
@@ -133,12 +162,17 @@ class PredictorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimiser; weight decay spares the biases, which hold the fixed choice."""
-        named, spared = list(self.predictor.named_parameters()), self.predictor.undecayed
+        tilts, spared = list(self.predictor.tilts.values()), self.predictor.undecayed
+        tilted = {id(tilt) for tilt in tilts}
+        named = [(n, p) for n, p in self.predictor.named_parameters() if id(p) not in tilted]
         groups: list[dict[str, Any]] = [
             {"params": [p for n, p in named if not n.endswith(spared)]},
             {"params": [p for n, p in named if n.endswith(spared)], "weight_decay": 0.0},
         ]
+        if any(tilt.requires_grad for tilt in tilts):
+            groups.append({"params": tilts, "weight_decay": 0.0, "lr": self.rates.spread})
         optimizer = self._optimizer(groups)
+        optimizer.param_groups[1]["lr"] *= self.rates.biases
         if self._scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches

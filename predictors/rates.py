@@ -57,7 +57,9 @@ class RateFinder(LearningRateFinder):
                 now / base
                 for now, base in zip(schedule.get_last_lr(), schedule.base_lrs, strict=True)
             ]
-            schedule.base_lrs = [rate] * len(shares)
-            for group, share in zip(schedule.optimizer.param_groups, shares, strict=True):
-                group["initial_lr"], group["lr"] = rate, rate * share
+            own = schedule.base_lrs[2:]  # of tilts, which have a rate of their own
+            schedule.base_lrs = [rate, rate * pl_module.rates.biases, *own]
+            groups = schedule.optimizer.param_groups
+            for group, base, share in zip(groups, schedule.base_lrs, shares, strict=True):
+                group["initial_lr"], group["lr"] = base, base * share
         log.warning("find_rate: training with optimizer.lr=%.2g", rate)

@@ -15,7 +15,7 @@ from gnomon.data.criteria import Criterion
 from gnomon.host import UnitKind
 from gnomon.predictors.divergence import Divergence, mean_kl, relative_error
 from gnomon.predictors.imitation import Imitation
-from gnomon.predictors.module import Batch, PredictorModule
+from gnomon.predictors.module import Batch, PredictorModule, Rates
 from gnomon.predictors.objectives import Kl, Objective
 from gnomon.runtime.positions import Step
 from gnomon.runtime.student import Softness, Student
@@ -35,7 +35,7 @@ class StudentModule(PredictorModule):
         student: runs the host; it is no submodule, so that no checkpoint holds the host.
         objective: ``Kl``, or another one with ``on_policy``.
         criterion: what makes a target of a unit that the sparse host has computed (not for ``Kl``).
-        optimizer, scheduler, density, warm: as in :class:`PredictorModule`.
+        optimizer, scheduler, density, warm, rates: as in :class:`PredictorModule`.
 
     Raises:
         ValueError: a criterion that needs gradients, which a sparse forward alone has not.
@@ -50,8 +50,10 @@ class StudentModule(PredictorModule):
         scheduler: Callable[..., LRScheduler] | None,
         density: Mapping[UnitKind, float],
         warm: bool = False,
+        rates: Rates | None = None,
     ) -> None:
-        super().__init__(student.predictor, objective, optimizer, scheduler, density, warm)
+        how = (optimizer, scheduler, density, warm, rates)
+        super().__init__(student.predictor, objective, *how)
         self._student, self._divergence = [student], Divergence(student.device)
         self._at_start: dict[str, float] = {}
         self._before: dict[str, float] = {}

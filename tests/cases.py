@@ -35,8 +35,9 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
         sizes |= {"hidden": 16} if kind == "shadow" else {}
         made = cls.for_host(spec, **(sizes | params))
         with torch.no_grad():
-            for p in made.parameters():
-                p.add_(torch.randn_like(p))
+            for name, p in made.named_parameters():
+                if not name.startswith("tilt"):  # of a spread that was learned
+                    p.add_(torch.randn_like(p))
         if isinstance(made, Sketch):  # whatever the moments, it copies its host
             for layer in range(spec.L):
                 made.adopt(layer, *ffn_weights(model, spec, layer), torch.eye(spec.D))

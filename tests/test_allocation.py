@@ -11,9 +11,9 @@ import torch
 from test_backends import assert_same, steps, text
 
 import gnomon
-from cases import POLICIES, calibration
+from cases import POLICIES, calibration, predictor
 from gnomon.accounting import account
-from gnomon.allocation import Sensitivity, allocate, convex_hull
+from gnomon.allocation import Sensitivity, Tilt, allocate, convex_hull, level, sigmoid
 from gnomon.budget import Budget, layer_counts
 from gnomon.calibration import measure
 from gnomon.engine.agreement import agree
@@ -22,7 +22,7 @@ from gnomon.engine.engine import Engine
 from gnomon.evaluation.results import read_results
 from gnomon.host import KINDS, describe
 from gnomon.policies import POLICIES as CLASSES
-from gnomon.policies import SkipSublayers, Static, Teal
+from gnomon.policies import SkipSublayers, Static, Teal, build_policy
 from gnomon.policies.oracle import Oracle
 from gnomon.predictors.calibration import Calibration
 from gnomon.predictors.folder import load_predictor, write_folder
@@ -69,6 +69,31 @@ def test_worked_example() -> None:
     assert layer_counts(calibrated(neurons=0.75), spec, "neurons", [False, True]) == [8, 4]
     with pytest.raises(ValueError, match=r"budget.neurons=0.5 keeps no unit"):
         layer_counts(calibrated(neurons=0.5), spec, "neurons", [False, True])
+
+
+@pytest.mark.parametrize("total", [3, 7, 24, 47, 48, 100])
+def test_a_tilt_spends_the_budget_and_serves_every_density(total: int) -> None:
+    tilt, decided = Tilt((), (5.0, -1.0, 0.0, 2.0)), [False, True, True, True]
+    counts = tilt.counts("neurons", 16, total, decided)
+    assert counts[0] == 16 and sum(counts[1:]) == min(total, 48) and min(counts) >= 1
+    assert counts[1] <= counts[2] <= counts[3] <= 16
+    if total == 24:  # sigmoid(tau + tilt) of the three, at a mean of a half
+        shares = [sigmoid(t + level(np.array([-1.0, 0.0, 2.0]), 0.5)) for t in (-1.0, 0.0, 2.0)]
+        assert sum(shares) / 3 == pytest.approx(0.5)
+        assert [abs(k - 16 * s) < 1 for k, s in zip(counts[1:], shares, strict=True)] == [True] * 3
+    even = Tilt((), (0.0,) * 4).counts("neurons", 16, total, decided)
+    assert max(even[1:]) - min(even[1:]) <= 1
+
+
+def test_a_spread_that_was_never_learned_is_refused() -> None:
+    model, _ = tiny_host()
+    for kind in ("shadow", "dejavu", "sketch", "prior"):
+        with pytest.raises(ValueError, match=f"this {kind} predictor was trained with the same"):
+            build_policy(kind, Budget(neurons=0.5, spread="learned"), predictor(model, kind))
+    with pytest.raises(ValueError, match="does not offer budget.spread='learned'"):
+        CLASSES["griffin"](Budget(neurons=0.5, spread="learned"))
+    with pytest.raises(ValueError, match=r"budget.tilt is None"):
+        layer_counts(Budget(neurons=0.5, spread="learned"), describe(model), "neurons", [True] * 2)
 
 
 def test_hull_is_convex_and_below() -> None:

@@ -94,6 +94,7 @@ def gradients(made: Student) -> dict[str, bool]:
     return {
         name: p.grad is not None and bool(p.grad.abs().sum() > 0)
         for name, p in made.predictor.named_parameters()
+        if "tilt" not in name  # learned under a spread of its own
     }
 
 
@@ -174,8 +175,9 @@ def test_visits_see_units_before_their_mask_and_train_scores_alone() -> None:
     assert seen["heads", 1][1].shape == (3, 14, 4, 8) and (seen["neurons", 1][1] != 0).all()
 
 
-def test_thresholds_meet_the_budget_in_the_mean_and_decide_units_by_themselves() -> None:
-    made = student("sketch", Budget(heads=1.0, neurons=0.4), choose="threshold")
+@pytest.mark.parametrize("kind", ["sketch", "dejavu", "shadow"])
+def test_thresholds_meet_the_budget_in_the_mean_and_decide_units_by_themselves(kind: str) -> None:
+    made = student(kind, Budget(heads=1.0, neurons=0.4), choose="threshold")
     seen: dict[int, Tensor] = {}
 
     def visit(kind: str, layer: int, scores: Tensor, units: Tensor, sparse: Tensor) -> None:
@@ -184,20 +186,69 @@ def test_thresholds_meet_the_budget_in_the_mean_and_decide_units_by_themselves()
     ids = ids_of(4, 32)
     step = made.step(ids)
     made.sparse(ids, step, visit=visit)
-    cuts = torch.cat([made._quantile("neurons", i, seen[i]) for i in range(made.spec.L)])
-    kept = torch.stack([(seen[i] >= cuts[i]).float() for i in range(made.spec.L)])
-    wanted = torch.tensor(made.policy.counts["neurons"]) / made.spec.F
+    first = made.predictor.first("neurons")
+    dense = [torch.full((1,), -torch.inf)] * first
+    cuts = torch.cat([*dense, *(made._quantile("neurons", i, seen[i]) for i in sorted(seen))])
+    kept = torch.stack([(seen[i] >= cuts[i]).float() for i in sorted(seen)])
+    wanted = torch.tensor(made.policy.counts["neurons"][first:]) / made.spec.F
     torch.testing.assert_close(kept.mean((1, 2)), wanted, atol=2e-3, rtol=0)
     assert len(kept.sum(-1).unique()) > 3  # tokens differ in how many they take
     for quantiles in made.predictor.quantiles.values():  # the same cut at every share
         quantiles.copy_(cuts[:, None].expand(-1, quantiles.shape[1]))
-    placed = build_policy("sketch", made.policy.budget, made.predictor, choose="threshold")
+    placed = build_policy(kind, made.policy.budget, made.predictor, choose="threshold")
     with torch.no_grad(), gnomon.sparsify(made.model, placed, backend="mask", protocol="all"):
         expected = made.model(ids).logits
     found = made.sparse(ids, step)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     found.square().mean().backward()
-    assert bool(made.predictor.gate.weight.grad.any())  # type: ignore[union-attr]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in made.predictor.parameters())
+
+
+@pytest.mark.parametrize("choose", ["topk", "threshold"])
+@pytest.mark.parametrize("kind", ["sketch", "dejavu", "shadow"])
+def test_a_learned_spread_moves_units_to_where_they_are_worth_most(kind: str, choose: str) -> None:
+    made = student(kind, Budget(heads=1.0, neurons=0.4, spread="learned"), choose=choose)
+    first, tilt = made.predictor.first("neurons"), made.predictor.tilt_neurons
+    assert not made.predictor.tilt_heads.requires_grad
+    ids = ids_of(4, 32)
+    step = made.step(ids)
+
+    def error() -> Tensor:
+        return mean_kl(made.sparse(ids, step).flatten(0, 1), made.dense(ids).flatten(0, 1))
+
+    error().backward()
+    assert tilt.grad is not None and bool(tilt.grad[first:].any())
+    free = slice(first, None)
+    shares = torch.tensor(made.policy.counts["neurons"][free]) / made.spec.F
+    assert not bool(tilt.grad[:first].any())
+    # all tilts together change nothing, whatever their shares are
+    assert float(tilt.grad[free].sum()) == pytest.approx(0, abs=1e-3 * float(tilt.grad.abs().sum()))
+    with torch.no_grad():
+        tilt[-1] += 1.0
+    made.sparse(ids, step)
+    moved = torch.tensor(made.policy.counts["neurons"][free]) / made.spec.F
+    assert moved[-1] > shares[-1] + 0.03 and (moved[:-1] <= shares[:-1]).all()
+    assert float(moved.sum()) == pytest.approx(float(shares.sum()), abs=1 / made.spec.F)
+    (seen := made._shares["neurons"][free]).sum().backward()
+    torch.testing.assert_close(seen.detach(), moved, atol=1 / made.spec.F, rtol=0)
+    trained = made.sparse(ids, step)
+    if choose == "topk":
+        policy = build_policy(kind, made.policy.budget, made.predictor)
+        with torch.no_grad(), gnomon.sparsify(made.model, policy, backend="mask", protocol="all"):
+            torch.testing.assert_close(trained, made.model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_balance_keeps_the_mass_of_all_positions_that_one_threshold_serves() -> None:
+    scores = torch.randn(2, 9, requires_grad=True)
+    cut = scores.detach().flatten().topk(7).values[-1:]
+    total = Softness(balanced=True).of(scores, cut).sum()
+    (gradient,) = torch.autograd.grad(total, scores)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
+    share = torch.tensor(7 / 18, requires_grad=True)
+    for at in (cut, scores.detach().topk(4).values[..., -1:]):
+        mean = Softness(temperature=0.5).of(scores, at, share).mean()
+        (gradient,) = torch.autograd.grad(mean, share)  # of a larger share so much more is kept
+        torch.testing.assert_close(gradient, torch.ones(()), atol=1e-5, rtol=0)
 
 
 def test_thresholds_are_placed_on_a_sample_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +286,18 @@ def test_decisions_are_fp32_under_autocast() -> None:
         ("shadow", HALF, {"refresh": "prompt"}, "student.protocol=decode"),
         ("shadow", HALF, {"protocol": "published"}, "use all or decode"),
         ("dejavu", Budget(density=0.5, spread="global"), {}, "student.spread=layer"),
-        ("dejavu", HALF, {"choose": "threshold"}, "predictor=sketch"),
+        (
+            "prior",
+            Budget(heads=1.0, neurons=0.5),
+            {"choose": "threshold", "refresh": "prompt", "protocol": "decode"},
+            "predictor=sketch, dejavu or shadow",
+        ),
+        (
+            "shadow",
+            Budget(density=0.5, spread="global"),
+            {"choose": "threshold"},
+            "student.spread=layer or learned",
+        ),
         ("sketch", HALF, {"choose": "best"}, "topk or threshold"),
         (
             "sketch",
@@ -244,7 +306,10 @@ def test_decisions_are_fp32_under_autocast() -> None:
             "student.refresh=token",
         ),
     ],
-    ids=["whole", "prompt-all", "published", "dejavu-global", "cut", "best", "cut-prompt"],
+    ids=[
+        *("whole", "prompt-all", "published", "dejavu-global"),
+        *("cut", "cut-global", "best", "cut-prompt"),
+    ],
 )
 def test_what_cannot_be_trained_is_refused(
     kind: str, budget: Budget, how: dict[str, Any], message: str

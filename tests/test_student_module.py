@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gnomon.host import KINDS, describe
 from gnomon.policies import build_policy
 from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Prior, Shadow
 from gnomon.predictors import Static as StaticPredictor
+from gnomon.predictors.module import Rates
 from gnomon.predictors.objectives import Bce, Kl, Mse, Objective, Ranking
 from gnomon.predictors.schedule import cosine_warmup
 from gnomon.runtime.student import Student
@@ -95,6 +97,7 @@ def fitted(
         cosine_warmup,
         density,
         warm,
+        Rates(spread=settings.spread_rate),
     )
     assert isinstance(data, pl.LightningDataModule)
     return fit(module, data, trainer)
@@ -240,13 +243,29 @@ def test_training_that_ends_worse_than_it_began_says_so(
     assert found["float"]["kl"] > found["start"]["kl"] and "lower optimizer.lr" in caplog.text
 
 
-def test_balance_and_thresholds_are_refused_together() -> None:
+@pytest.mark.parametrize(("kind", "choose"), [("sketch", "threshold"), ("dejavu", "topk")])
+def test_a_spread_is_learned_kept_and_used(kind: str, choose: str, tmp_path: Path) -> None:
     model, _ = tiny_host()
-    net = cases.predictor(model, "sketch", tune=True)
-    how = {"density": {"heads": 1.0, "neurons": 0.5}, "choose": "threshold"}
-    with pytest.raises(ValueError, match=r"student.choose=threshold moves it between positions"):
-        fitted(net, Kl(balanced=True), 1, **how)
-    fitted(net, Kl(), 2, **how)
+    spec, neurons = describe(model), {"heads": 1.0, "neurons": 0.5}
+    net = cases.predictor(model, kind, **({"tune": True} if kind == "sketch" else {}))
+    how = {"density": neurons, "choose": choose, "spread": "learned", "spread_rate": 0.1}
+    with pytest.raises(ValueError, match="student.spread=learned with objective=bce"):
+        fitted(net, Bce(on_policy=True), 1, density=neurons, spread="learned")
+    found = fitted(net, Kl(balanced=True), 12, **how)["student"]
+    tilt = net.tilt_neurons.detach().clone()
+    assert found["spread"] == "learned" and float(tilt.std()) > 0.05
+    assert not bool(net.tilt_heads.any())
+    save(net, tmp_path / "p", replace(net.info, spec_hash=spec.hash))
+    used = gnomon.load_predictor(tmp_path / "p")
+    torch.testing.assert_close(used.tilt_neurons, tilt, rtol=0, atol=0)
+    policy = build_policy(kind, Budget(**neurons, spread="learned"), used, choose=choose)
+    policy.bind(model, spec)
+    counts = policy.counts["neurons"]
+    assert sum(counts) == round(0.5 * spec.L * spec.F) and len(set(counts)) > 1
+    assert counts.index(max(counts)) == int(tilt.argmax())
+    plain = build_policy(kind, Budget(**neurons), used, choose=choose)
+    plain.bind(model, spec)
+    assert len(set(plain.counts["neurons"])) == 1
 
 
 def test_gradient_criteria_are_refused_on_policy() -> None:
@@ -261,7 +280,8 @@ def test_warm_starts_round_trip(start: Any, tmp_path: Path) -> None:
     folder = save(net, tmp_path / "p", net.info)
     used, again = gnomon.load_predictor(folder), predictor()
     start_from(again, str(folder), describe(tiny_host()[0]))
-    assert all(p.requires_grad for p in again.parameters()) and not again.quantized
+    frozen = {n for n, p in again.named_parameters() if not p.requires_grad}
+    assert frozen == {"tilt_heads", "tilt_neurons"} and not again.quantized
     inputs = torch.randn(5, len(net.taps), net.width)
     for kind in KINDS:
         torch.testing.assert_close(again(inputs)[kind], used(inputs)[kind], rtol=1e-5, atol=1e-5)

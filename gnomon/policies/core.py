@@ -16,7 +16,7 @@ from gnomon.errors import Refused
 from gnomon.host import UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import Policy, Seen
-from gnomon.policies.sketch import Sketch
+from gnomon.policies.learned import Learned
 from gnomon.policies.static import Source, check_means, means_of
 from gnomon.policies.wrap import Wrapper
 
@@ -31,7 +31,7 @@ class Core(Wrapper):
         share: of a layer's neurons that are core, in [0, 1].
 
     Raises:
-        ValueError: a share outside [0, 1], a wrapper or a sketch's thresholds inside, or a budget
+        ValueError: a share outside [0, 1], a wrapper or thresholds inside, or a budget
             smaller than the core.
     """
 
@@ -46,9 +46,9 @@ class Core(Wrapper):
                 f"policy={self.name} ranks its neurons before all that the inner policy scores, "
                 f"and {inner.name} is a wrapper: put {inner.name} round {self.name}"
             )
-        if isinstance(inner, Sketch) and inner.choose == "threshold":
+        if isinstance(inner, Learned) and inner.choose == "threshold":
             raise ValueError(
-                f"policy={self.name} would be kept beside all that reaches a sketch's thresholds, "
+                f"policy={self.name} would be kept beside all that reaches its thresholds, "
                 "and exceed the budget: use policy.params.inner.params.choose=topk"
             )
         self.share = share

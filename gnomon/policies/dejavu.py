@@ -12,7 +12,7 @@ from gnomon.budget import Budget
 from gnomon.host import KINDS, UnitKind
 from gnomon.kernels.topk_mask import topk_mask
 from gnomon.policies.base import KV, Batch, Refresh, Seen
-from gnomon.policies.learned import Learned
+from gnomon.policies.learned import Choose, Learned
 from gnomon.predictors.base import Predictor
 from gnomon.predictors.dejavu import DejaVu as DejaVuPredictor
 
@@ -25,7 +25,8 @@ class DejaVu(Learned):
     """
 
     name = "dejavu"
-    spreads = ("layer", "global", "hybrid", "calibrated")
+    spreads = ("layer", "global", "hybrid", "calibrated", "learned")
+    chooses = ("topk", "threshold")
     accepts: type[Predictor] = DejaVuPredictor
 
     def __init__(
@@ -35,8 +36,9 @@ class DejaVu(Learned):
         refresh: Refresh | None = None,
         batch: Batch = "per_sequence",
         kv: KV = "keep",
+        choose: Choose = "topk",
     ) -> None:
-        super().__init__(predictor, budget, refresh, batch, kv)
+        super().__init__(predictor, budget, refresh, batch, kv, choose)
         if not budget.fixed_counts and (batch == "shared" or budget.head_unit == "group"):
             raise ValueError(
                 f"policy={self.name} calibrates budget.spread={budget.spread!r} on the scores of "
@@ -52,7 +54,7 @@ class DejaVu(Learned):
         self._cut = {kind: self._threshold(kind) for kind in calibrated}
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
-        """Per-layer top-k, or all units above the calibrated threshold and the layer's floor."""
+        """Of a layer alone, or all above the calibrated threshold and the layer's floor."""
         if self.resolved.fixed_counts:
             return super().select(kind, layer, scores, seen)
         return (scores >= self._cut[kind]) | topk_mask(scores, self.least(kind))

@@ -32,7 +32,7 @@ class Prior(Learned):
     name = "prior"
     kinds = ("neurons",)
     refreshes = ("prompt",)
-    spreads = ("layer", "calibrated")
+    spreads = ("layer", "calibrated", "learned")
     observes = ("neurons",)
     accepts = PriorPredictor
     predictor: PriorPredictor

@@ -25,11 +25,12 @@ class Shadow(Learned):
     """
 
     name = "shadow"
-    spreads = ("layer", "global", "hybrid", "calibrated")
+    spreads = ("layer", "global", "hybrid", "calibrated", "learned")
+    chooses = ("topk", "threshold")
     accepts = ShadowPredictor
 
     def select(self, kind: UnitKind, layer: int, scores: Tensor, seen: Seen) -> Tensor:
-        """Per-layer top-k, or all units above the token's own threshold over all layers."""
+        """Of every layer alone, or all units above the token's own threshold over all layers."""
         if self.resolved.fixed_counts:
             return super().select(kind, layer, scores, seen)
         cut = seen.once(("cut", kind), lambda: self._threshold(kind, seen))

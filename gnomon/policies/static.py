@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gnomon.budget import Budget, global_counts
 from gnomon.host import KINDS, HostSpec, UnitKind
 from gnomon.policies.base import KV, Batch, Policy, Prefill, Seen
+from gnomon.predictors.base import Predictor
 
 
 class HasMeans(Protocol):
@@ -56,7 +58,7 @@ class Static(Policy):
 
     name = "static"
     refreshes = ("static",)
-    spreads = ("layer", "global", "hybrid", "calibrated")
+    spreads = ("layer", "global", "hybrid", "calibrated", "learned")
 
     def __init__(
         self,
@@ -66,6 +68,8 @@ class Static(Policy):
         kv: KV = "keep",
         prefill: Prefill = "dense",
     ) -> None:
+        if budget.spread == "learned" and isinstance(source, Predictor):
+            budget = replace(budget, tilt=source.tilt())
         super().__init__(budget, "static", batch, kv, prefill)
         if getattr(source, "learned_means", False) and budget.spread in ("global", "hybrid"):
             raise ValueError(

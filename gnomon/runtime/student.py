@@ -11,14 +11,19 @@ score kept, detached) and temperature t, a unit tensor is multiplied by
 The hardness w is 1 by default: the forward is that of inference, the gradient that of the sigmoid
 (straight-through). Below 1 the forward is a mixture that training anneals (relaxed top-k). Where it
 is balanced, the gradient of c is that of the threshold that keeps Σ soft as it is, so that scores
-compete for the budget instead of rising together.
+compete for the budget instead of rising together: the units of a position, or of all positions
+where one threshold serves them all.
+
+Under ``spread=learned`` a layer keeps the share p = sigmoid(τ + tilt), whose mean over layers is
+the budget's; one more unit costs the threshold 1 / (mean of soft'), so that the gradient of c is
+also that of -(p - detach(p)) / mean(soft'): tilts rise where the next unit is worth most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd
 from typing import Any, get_args
@@ -26,14 +31,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gnomon.budget import Budget
+from gnomon.allocation import level
+from gnomon.budget import Budget, choices
 from gnomon.data.capture import frozen
 from gnomon.hooks import HostHooks
 from gnomon.host import KINDS, HostSpec, Tap, UnitKind
 from gnomon.policies import POLICIES
 from gnomon.policies.base import Refresh, Seen
-from gnomon.policies.learned import Learned
-from gnomon.policies.sketch import Choose, Sketch
+from gnomon.policies.learned import Choose, Learned
 from gnomon.policies.statistic import PromptStatistic
 from gnomon.predictors.base import Predictor
 from gnomon.runtime.positions import Step, read_step
@@ -52,15 +57,25 @@ class Softness:
     hardness: float = 1.0
     balanced: bool = False
 
-    def of(self, scores: Tensor, cut: Tensor) -> Tensor:
-        """The sigmoid of scores (…, N) round a threshold (…, 1), in (0, 1)."""
+    def of(self, scores: Tensor, cut: Tensor, share: Tensor | None = None) -> Tensor:
+        """The sigmoid of scores round a threshold, in (0, 1).
+
+        Args:
+            scores: (…, N).
+            cut: (…, 1) of every row, or (1,) of all of them.
+            share: that the threshold lets pass, a scalar that gradients may reach.
+        """
+        over = (-1,) if cut.dim() == scores.dim() else tuple(range(scores.dim()))
+        with torch.no_grad():
+            soft = ((scores - cut) / self.temperature).sigmoid()
+            weights = soft * (1 - soft)
+            slope = weights.mean(over, keepdim=True).clamp_min(1e-12) / self.temperature
+            weights /= weights.sum(over, keepdim=True).clamp_min(1e-12)
         if self.balanced:
-            with torch.no_grad():
-                soft = ((scores - cut) / self.temperature).sigmoid()
-                weights = soft * (1 - soft)
-                weights /= weights.sum(-1, keepdim=True).clamp_min(1e-12)
-            mean = (weights * scores).sum(-1, keepdim=True)
+            mean = (weights * scores).sum(over, keepdim=True)
             cut = cut + (mean - mean.detach())
+        if share is not None:
+            cut = cut - (share - share.detach()) / slope
         return ((scores - cut) / self.temperature).sigmoid()
 
 
@@ -124,8 +139,11 @@ class Student:
         self.choose = choose
         self.model, self.spec, self.predictor = model, spec, predictor
         self.protocol, self.input_gradient = protocol, input_gradient
+        if budget.spread == "learned":
+            predictor.learn_spread()
         self.policy = kind(predictor, budget, refresh)
         self.policy.bind(model, spec)
+        self._shares: dict[UnitKind, Tensor] = {}
         predictor.train()
         self.masked: list[tuple[UnitKind, int]] = [
             (kind, layer)
@@ -136,6 +154,7 @@ class Student:
         for unit_kind in KINDS:
             if budget.target(unit_kind) == 1:
                 predictor.freeze(unit_kind)
+                predictor.tilts[unit_kind].requires_grad_(False)
         _require_trainable(predictor)
         self._run: _Run | None = None
 
@@ -174,6 +193,7 @@ class Student:
             visit: called for every masked unit tensor; only its scores then have a gradient.
         """
         start, learns = step.start, torch.is_grad_enabled()
+        self._spread()
         assert start is not None, "no position is sparse"
         self._run = _Run(step, start, learns, softness, visit, self._prompt_of(step))
         with ExitStack() as stack:
@@ -188,6 +208,20 @@ class Student:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         self._run = None
         return logits
+
+    def _spread(self) -> None:
+        """Counts and shares of every layer, by the tilts as they are now."""
+        policy, tilts = self.policy, self.predictor.tilts
+        if policy.resolved.spread != "learned":
+            return
+        policy.settle(replace(policy.resolved, tilt=self.predictor.tilt()))
+        for kind in {kind for kind, _ in self.masked}:
+            own = [layer for masked, layer in self.masked if masked == kind]
+            kept = sum(policy.counts[kind][layer] for layer in own)
+            share = kept / (len(own) * choices(policy.resolved, self.spec, kind))
+            self._shares[kind] = torch.zeros_like(tilts[kind]).index_copy(
+                0, torch.tensor(own, device=self.device), _shares(tilts[kind][own], share)
+            )
 
     def _watch(self, hooks: HostHooks, watch: Watch | None) -> None:
         for layer in range(1, self.spec.L if watch is not None else 0):
@@ -266,7 +300,8 @@ class Student:
                 cut = scores.detach().masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
         mask = keep.float()
         if torch.is_grad_enabled() and run.visit is None:
-            soft, w = run.softness.of(scores, cut), run.softness.hardness
+            share = self._shares[kind][layer] if kind in self._shares else None
+            soft, w = run.softness.of(scores, cut, share), run.softness.hardness
             through = mask + (soft - soft.detach())
             mask = through if w == 1 else w * through + (1 - w) * soft
         grouped = kind == "heads" and self.policy.resolved.head_unit == "group"
@@ -284,6 +319,17 @@ class Student:
         return sample.sort().values[min(round((1 - share) * len(sample)), len(sample) - 1)][None]
 
 
+def _shares(tilt: Tensor, share: float) -> Tensor:
+    """sigmoid(τ + tilt) of the decided layers, with the gradient of a mean that stays as it is."""
+    with torch.no_grad():
+        tau = level(tilt.double().cpu().numpy(), share)
+        found = (tilt + tau).sigmoid()
+        weights = found * (1 - found) / (found * (1 - found)).sum().clamp_min(1e-12)
+    mean = (weights * tilt).sum()
+    shares: Tensor = (tilt + tau - (mean - mean.detach())).sigmoid()
+    return shares
+
+
 def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) -> None:
     if protocol not in ("all", "decode"):
         raise ValueError(f"student.protocol={protocol!r}: use all or decode")
@@ -297,10 +343,11 @@ def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) ->
             "density.heads=1 and density.neurons=1 keep every unit: there is nothing to learn; "
             "lower at least one of them"
         )
-    if budget.spread != "layer" and predictor.name != "shadow":
+    if budget.spread not in ("layer", "learned") and predictor.name != "shadow":
         raise ValueError(
             f"student.spread={budget.spread!r}: a {predictor.name} predictor scores in layer order "
-            "and ranks all layers by calibrated thresholds only: use student.spread=layer"
+            "and ranks all layers by calibrated thresholds only: use student.spread=layer or "
+            "learned"
         )
 
 
@@ -324,15 +371,16 @@ def _check_choice(policy: type[Learned], choose: str, refresh: str, budget: Budg
         raise ValueError(f"student.choose={choose!r}: use {' or '.join(get_args(Choose))}")
     if choose == "topk":
         return
-    if not issubclass(policy, Sketch):
+    if choose not in policy.chooses:
         raise ValueError(
             f"student.choose={choose}: a {policy.name} predictor is used with the K best units "
-            "alone: use student.choose=topk, or predictor=sketch"
+            "alone: use student.choose=topk, or predictor=sketch, dejavu or shadow"
         )
-    if refresh != "token" or budget.head_unit != "head":
+    if refresh != "token" or budget.head_unit != "head" or not budget.fixed_counts:
         raise ValueError(
-            f"student.choose={choose} decides single units at every token: use "
-            "student.refresh=token student.head_unit=head, or student.choose=topk"
+            f"student.choose={choose} decides single units of a layer at every token: use "
+            "student.refresh=token student.head_unit=head student.spread=layer or learned, or "
+            "student.choose=topk"
         )
 
 
