@@ -45,6 +45,10 @@ from gnomon.tiny import tiny_host  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from interpreted import patch_once
+
+    patch_once()
 
 # `python -m pytest` puts the root first on sys.path, where train.py, evaluate.py and kernels/ would
 # answer to bare names; gnomon comes from the installation.

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +30,7 @@ from gnomon.data.store import TraceStore
 from gnomon.data.text import Text
 from gnomon.host import KINDS, Tap, describe
 from gnomon.tiny import tiny_host
+from harvest_job import finish, start
 
 HOST, TOKENIZER = tiny_host()
 SPEC = describe(HOST)
@@ -350,63 +349,17 @@ def test_a_changed_text_is_not_mixed_in(tmp_path: Path) -> None:
         run(tmp_path / "t", FileText(file, block=BLOCK, tokens=32 * BLOCK))
 
 
-JOB = """
-import os, sys, time
-from pathlib import Path
-from gnomon.data import writer
-from gnomon.data.criteria import criterion
-from gnomon.data.harvest import harvest
-from gnomon.data.sources import SyntheticText
-from gnomon.host import Tap, describe
-from gnomon.tiny import tiny_host
-
-if "two" in sys.argv:  # as torchrun sets them; forked, they share the time that imports take
-    os.environ["WORLD_SIZE"] = "2"
-    forked = []
-    for rank in range(2):
-        os.environ["RANK"] = str(rank)
-        forked.append(os.fork())
-        if forked[-1] == 0:
-            break
-    else:
-        sys.exit(max(os.waitpid(child, 0)[1] for child in forked) != 0)
-rank = int(os.environ.get("RANK", "0"))
-slow = float(sys.argv[2].split(",")[min(rank, sys.argv[2].count(","))])
-Path(f"{sys.argv[1]}-pid-{rank}").write_text(str(os.getpid()))
-real = writer.Writer._capture
-def patient(self, task, advance):
-    time.sleep(slow)
-    return real(self, task, advance)
-writer.Writer._capture = patient
-model, tokenizer = tiny_host()
-text = SyntheticText(block=32, tokens=1024)
-if rank == 1 and "late" in sys.argv:
-    time.sleep(2)
-store = harvest(model, tokenizer, describe(model), text, criterion("plainact"), [Tap(1)],
-                sys.argv[1], heldout_tokens=256, shard_blocks=2)
-sys.stdout.write(store.hash)
-"""
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    file = tmp_path / "job.py"
-    file.write_text(JOB)
-    return file
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path: Path, job: Path) -> None:
+def test_killed_and_resumed(tmp_path: Path) -> None:
     """SIGKILL in mid-harvest, then the same command: the rows of an uninterrupted run."""
     whole = run(tmp_path / "whole", shard_blocks=2)
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(job), str(out), "0.2"], stderr=subprocess.PIPE)
+    (process,) = start(out, 0.2)
     deadline = time.monotonic() + 60
     while len(list(out.glob("train-*.safetensors"))) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.exitcode is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     done = {p.name: p.stat().st_mtime_ns for p in out.glob("train-*.safetensors")}
     assert 3 <= len(done) < 16 and not (out / "manifest.json").exists()
     (out / "train-00009.safetensors.123.tmp").write_bytes(b"half a shard")
@@ -473,49 +426,34 @@ def test_a_part_is_handed_in_again_to_a_new_launch(
     assert found[1]["launch"] == first.launch
 
 
-def start_two(job: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
-    """Two processes at one harvest; tests/test_ddp.py has them of torchrun."""
-    command = [sys.executable, str(job), str(out), *(settings or ("0",)), "two"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors[-3000:]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trace folder that two processes made."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "job.py").write_text(JOB)
-    finish(start_two(folder / "job.py", folder / "two"))
-    return folder / "two"
+    folder = tmp_path_factory.mktemp("two") / "two"
+    finish(start(folder, 0, 0))
+    return folder
 
 
-@pytest.mark.slow
-def test_two_processes_killed_and_resumed(tmp_path: Path, job: Path, two: Path) -> None:
+def test_two_processes_killed_and_resumed(tmp_path: Path, two: Path) -> None:
     """The second process is done and waits when all are killed; then a shard of it is lost."""
     out = tmp_path / "killed"
-    process = start_two(job, out, "1,0")
+    processes = start(out, 1, 0)
     deadline = time.monotonic() + 60
     while not (out / "part-1.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and processes[0].exitcode is None
         time.sleep(0.02)
-    process.kill()
-    for rank in range(2):  # they outlive what started them
-        os.kill(int(Path(f"{out}-pid-{rank}").read_text()), signal.SIGKILL)
-    process.communicate()
+    for process in processes:
+        process.kill()
+        process.join()
     assert not (out / "manifest.json").exists()
     lost = out / "train-r1-00003.safetensors"
     lost.unlink()
 
-    finish(start_two(job, out, "0", "late"))
+    finish(start(out, 0, 0, late=2))
     assert TraceStore.open(out, SPEC).hash == TraceStore.open(two, SPEC).hash
     assert not list(out.glob("part-*")) and not (out / LAUNCH).exists()
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_work(two: Path) -> None:
     out = two
     store = TraceStore.open(out, SPEC)

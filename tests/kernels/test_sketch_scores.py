@@ -198,7 +198,7 @@ def test_compiles_for_hopper_without_flushing_denormals(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(counts) == 4, done.stderr  # sketch_scores and sketched_ffn in turn
-    assert all(plain > 5 * flushing for plain, flushing in counts), counts
+    assert all(plain > 3 * flushing for plain, flushing in counts), counts
 
 
 @pytest.mark.gpu
