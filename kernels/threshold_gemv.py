@@ -63,14 +63,21 @@ def threshold_gemv_reference(
         ValueError: an unknown activation, or a tensor that does not fit the weights.
     """
     check_tensors(x, weight_t, threshold, bias, scale, activation, given, residual)
+    y = channels(x, weight_t, threshold, bias, scale)
+    return epilogue(y, activation, given, residual).to(out_dtype or x.dtype)
+
+
+def channels(
+    x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """The sum over the channels that pass, with its bias, (B, N) fp32."""
     x32 = x.float()
     keep = x32.abs() > threshold
     x32 = x32 if scale is None else x32 * scale
     y = x32.new_empty((x.shape[0], weight_t.shape[1]))
     for b in range(x.shape[0]):
         y[b] = _channels(x32[b], weight_t, keep[b])
-    y = y if bias is None else y + bias.float()
-    return epilogue(y, activation, given, residual).to(out_dtype or x.dtype)
+    return y if bias is None else y + bias.float()
 
 
 def epilogue(y: Tensor, activation: str, given: Tensor | None, residual: Tensor | None) -> Tensor:
