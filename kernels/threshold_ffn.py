@@ -1,6 +1,7 @@
 """Gate and up over the input channels whose magnitude passes a threshold, in one launch.
 
-    h[b, j] = act(gate_bias[j] + Σ_k x[b, k] · gate_t[k, j]) · (up_bias[j] + Σ_k x[b, k] · up_t[k, j])
+    h[b, j] = act(gate_bias[j] + Σ_k x[b, k] · gate_t[k, j])
+            · (up_bias[j] + Σ_k x[b, k] · up_t[k, j])
 
 over the channels k with |x[b, k]| > t[k]. x (B, D); up_t and gate_t (D, F), row k being what input
 channel k adds, fp32, fp16 or bf16; t (D,) or (1,) fp32; h (B, F).

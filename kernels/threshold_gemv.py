@@ -5,8 +5,8 @@
 
 x (B, W); weight_t (W, N), row k being what input channel k adds (the transpose of a linear's
 weight), fp32, fp16, bf16, or int8 with scale (W,); t (W,) fp32 (CHESS) or (1,) (TEAL); y (B, N).
-Every sequence has its own channels; those that pass for none are not read. Bytes of weights read: of
-up to four sequences together, the channels that pass for any of them, times N elements.
+Every sequence has its own channels; those that pass for none are not read. Bytes of weights read:
+of up to four sequences together, the channels that pass for any of them, times N elements.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 A program owns a tile of outputs and walks over the channels, UNROLL x LANES at a time. Whether a
 channel passes is the mask of the load of its weights: no list is written, scanned and read back
-before the first weight is asked for, and x is one step ahead of the weights, which are one ahead of
-the sum. Fewer bytes are under way where fewer channels pass, which many rows a step make up for.
+before the first weight is asked for, and x is one step ahead of the weights. Fewer bytes are under
+way where fewer channels pass, which many rows a step make up for.
 
 Tiles are narrow, so that they fill the processors and no sum is split, which would cost a store, a
 ticket and a second sum (4 to 5 µs of a launch on an H100). Where there are too few tiles for that,
@@ -34,6 +34,9 @@ try:
     from gnomon.kernels.sketch_gemv import _zeros
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
+
+
+PACKED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Shape(NamedTuple):
@@ -110,7 +113,7 @@ if triton is not None:
             if N % BLOCK_N != 0:
                 mask = mask & in_n[None, None, :]
             at = weight_ptr + (r + j * STRIDE).to(tl.int64)[:, :, None] * N + n[None, None, :]
-            rows += (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+            rows += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
         return rows
 
     @triton.jit
@@ -121,17 +124,33 @@ if triton is not None:
         return found
 
     @triton.jit
-    def _added(sums, rows, xs, reads, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _numbers(w, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """fp32 of loaded weights: of words, those of even and of odd outputs."""
+        if PACKED == "bf16":
+            even = (w << 16).to(tl.float32, bitcast=True)
+            return even, (w & -65536).to(tl.float32, bitcast=True)
+        elif PACKED == "fp16":
+            even = w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            return even, (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            return (w.to(tl.float32),)
+
+    @triton.jit
+    def _added(  # type: ignore[no-untyped-def]
+        sums, rows, xs, reads, BATCH: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr
+    ):
         """Sums (LANES, BLOCK_N) of every sequence, with a step's rows more in every lane."""
         for j in tl.static_range(len(rows)):
             w = rows[j]
             if AHEAD:
-                w = tl.where(reads[j][:, :, None], w, 0.0)
-            w = w.to(tl.float32)
+                w = tl.where(reads[j][:, :, None], w, 0)
+            numbers = _numbers(w, PACKED)
             found = ()
-            for i in tl.static_range(len(sums)):
-                x = xs[j * len(sums) + i]
-                found += (sums[i] + tl.sum(w * x[:, :, None], axis=1),)  # type: ignore[assignment]
+            for i in tl.static_range(BATCH):
+                x = xs[j * BATCH + i][:, :, None]
+                for h in tl.static_range(len(numbers)):
+                    y = sums[i * len(numbers) + h] + tl.sum(numbers[h] * x, axis=1)
+                    found += (y,)  # type: ignore[assignment]
             sums = found
         return sums
 
@@ -199,6 +218,7 @@ if triton is not None:
         B,
         W,
         N: tl.constexpr,
+        PACKED: tl.constexpr,
         GATED: tl.constexpr,
         PER_CHANNEL: tl.constexpr,
         HAS_BIAS: tl.constexpr,
@@ -221,19 +241,22 @@ if triton is not None:
         STRIDE: tl.constexpr = UNROLL * LANES
         STEP: tl.constexpr = ROUNDS * STRIDE
         PLANES: tl.constexpr = 1 + GATED
+        EACH: tl.constexpr = 1 if PACKED == "none" else 2  # outputs of what is loaded at once
+        WORDS: tl.constexpr = N // EACH
+        BLOCK: tl.constexpr = BLOCK_N // EACH
         tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         part = tl.cdiv(tl.cdiv(W, SPLITS), STEP) * STEP
         begin = split * part
         end = tl.minimum(begin + part, W)
-        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = n < N
+        n = tile * BLOCK + tl.arange(0, BLOCK)
+        in_n = n < WORDS
         lane = tl.arange(0, UNROLL)[None, :] * LANES + tl.arange(0, LANES)[:, None]
         r = begin + lane
         if AHEAD:
             read = _live(r, end, STRIDE, ROUNDS)
-            w = _rows(weight_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
+            w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
             if GATED:
-                g = _rows(gate_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
+                g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
@@ -241,37 +264,41 @@ if triton is not None:
         source = x_ptr, threshold_ptr, scale_ptr, first, B
         x, read = _passing(*source, r, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH)
         if not AHEAD:
-            w = _rows(weight_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
+            w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
             if GATED:
-                g = _rows(gate_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
-        x_next, read_next = _passing(*source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH)
-        ups = _zeros(BATCH, (LANES, BLOCK_N))
-        gates = _zeros(BATCH, (LANES, BLOCK_N))
+                g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
+        x_next, read_next = _passing(
+            *source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH
+        )
+        ups = _zeros(BATCH * EACH, (LANES, BLOCK))
+        gates = _zeros(BATCH * EACH, (LANES, BLOCK))
         for start in range(begin, end, STEP):
             x_now, read_now, w_now = x, read, w
             x, read, r = x_next, read_next, start + STEP + lane
-            w = _rows(weight_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
+            w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
             if GATED:
                 g_now = g
-                g = _rows(gate_ptr, r, read, n, in_n, N, BLOCK_N, STRIDE)
-            x_next, read_next = _passing(*source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH)
-            ups = _added(ups, w_now, x_now, read_now, AHEAD)
+                g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
+            x_next, read_next = _passing(
+                *source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH
+            )
+            ups = _added(ups, w_now, x_now, read_now, BATCH, PACKED, AHEAD)
             if GATED:
-                gates = _added(gates, g_now, x_now, read_now, AHEAD)
+                gates = _added(gates, g_now, x_now, read_now, BATCH, PACKED, AHEAD)
         epilogue = bias_ptr, gate_bias_ptr, given_ptr, residual_ptr, y_ptr
         if SPLITS == 1:
-            for i in tl.static_range(BATCH):
-                b = tl.minimum(first + i, B - 1)
-                y = tl.sum(ups[i], axis=0)
+            for j in tl.static_range(BATCH * EACH):
+                b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
+                y = tl.sum(ups[j], axis=0)
                 z = y
                 if GATED:
-                    z = tl.sum(gates[i], axis=0)
+                    z = tl.sum(gates[j], axis=0)
                 _finish(
                     y,
                     z,
                     *epilogue,
                     b,
-                    n,
+                    at,
                     in_n,
                     N,
                     ACTIVATION,
@@ -282,38 +309,38 @@ if triton is not None:
                     HAS_RESIDUAL,
                 )
         else:
-            for i in tl.static_range(BATCH):
-                b = tl.minimum(first + i, B - 1)
-                own = partial_ptr + (b * SPLITS + split) * (PLANES * N) + n
-                tl.store(own, tl.sum(ups[i], axis=0), mask=in_n)
+            for j in tl.static_range(BATCH * EACH):
+                b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
+                own = partial_ptr + (b * SPLITS + split) * (PLANES * N) + at
+                tl.store(own, tl.sum(ups[j], axis=0), mask=in_n)
                 if GATED:
-                    tl.store(own + N, tl.sum(gates[i], axis=0), mask=in_n)
+                    tl.store(own + N, tl.sum(gates[j], axis=0), mask=in_n)
             tl.debug_barrier()
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
             if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
                 tl.store(ticket, 0)
-                for i in tl.static_range(BATCH):
-                    b = tl.minimum(first + i, B - 1)
-                    own = partial_ptr + b * (SPLITS * PLANES * N) + n
+                for j in tl.static_range(BATCH * EACH):
+                    b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
+                    own = partial_ptr + b * (SPLITS * PLANES * N) + at
                     y = _joined(own, in_n, PLANES * N, SPLITS, CHUNK)
                     z = y
                     if GATED:
                         z = _joined(own + N, in_n, PLANES * N, SPLITS, CHUNK)
                     _finish(
-                    y,
-                    z,
-                    *epilogue,
-                    b,
-                    n,
-                    in_n,
-                    N,
-                    ACTIVATION,
-                    GATED,
-                    HAS_BIAS,
-                    HAS_GATE_BIAS,
-                    HAS_GIVEN,
-                    HAS_RESIDUAL,
-                )
+                        y,
+                        z,
+                        *epilogue,
+                        b,
+                        at,
+                        in_n,
+                        N,
+                        ACTIVATION,
+                        GATED,
+                        HAS_BIAS,
+                        HAS_GATE_BIAS,
+                        HAS_GIVEN,
+                        HAS_RESIDUAL,
+                    )
 
 
 def launch_walk(
@@ -348,7 +375,11 @@ def launch_walk(
     if shape.splits > 1:
         sums = (batch, shape.splits, 1 + gated, n)
         partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    tensors = (weight_t, gate_t, threshold.float(), bias, gate_bias, scale, given, residual)
+    packed = PACKED.get(weight_t.dtype, "none") if n % 2 == 0 else "none"
+    words = [t if t is None else t.contiguous() for t in (weight_t, gate_t)]
+    if packed != "none":  # a loop that carries words, not halves, need not wait for them to part
+        words = [t if t is None else t.view(torch.int32) for t in words]
+    tensors = (*words, threshold.float(), bias, gate_bias, scale, given, residual)
     _walk_kernel[(tiles, shape.splits, groups)](
         x.contiguous(),
         *(None if t is None else t.contiguous() for t in tensors),
@@ -358,6 +389,7 @@ def launch_walk(
         batch,
         width,
         N=n,
+        PACKED=packed,
         GATED=gated,
         PER_CHANNEL=threshold.shape[0] > 1 or width == 1,
         HAS_BIAS=bias is not None,
