@@ -26,6 +26,7 @@ from gnomon.kernels.rowscaled_linear import (
 from gnomon.kernels.select import select_topk
 from gnomon.kernels.sketch_scores import sketch_scores_reference, sketch_scores_triton
 from gnomon.kernels.sketched_ffn import sketched_ffn_reference, sketched_ffn_triton
+from gnomon.kernels.threshold_ffn import threshold_ffn_reference, threshold_ffn_triton
 from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
 
 DEVICE = torch.device("cuda")
@@ -169,6 +170,12 @@ def rest() -> None:
         "threshold_gemv",
         lambda: threshold_gemv(x, w, cut),
         lambda: threshold_gemv_reference(x, w, cut),
+    )
+    pair = (w, randn(200, 300), cut, "silu")
+    check(
+        "threshold_ffn",
+        lambda: threshold_ffn_triton(x, *pair),
+        lambda: threshold_ffn_reference(x, *pair),
     )
 
 

@@ -1,6 +1,7 @@
-"""The threshold GEMV on a CPU: the passing channels as lists for the C kernel of gathered columns.
+"""Threshold products on a CPU: the passing channels as lists for the C kernel of gathered columns.
 
     threshold_gemv    as in ``threshold_gemv.py``: same arguments, result and errors
+    threshold_ffn     as in ``threshold_ffn.py``, whose channels are listed once
 
 The reference serves more than eight sequences, and machines without a compiler.
 """
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from gnomon.kernels import cpu_gather
 from gnomon.kernels.compact import select_passing_reference
+from gnomon.kernels.gather_common import activate
+from gnomon.kernels.threshold_ffn import check_pair, threshold_ffn_reference
 from gnomon.kernels.threshold_gemv import check_tensors, epilogue, threshold_gemv_reference
 
 
@@ -37,6 +40,30 @@ def threshold_gemv(
     lists, own = _list(lib, x, threshold), activation == "none" and given is None
     y = cpu_gather.columns(lib, x, weight_t, lists, scale, bias, residual if own else None, True)
     return (y if own else epilogue(y, *fused)).to(out_dtype or x.dtype)
+
+
+def threshold_ffn(
+    x: Tensor,
+    up_t: Tensor,
+    gate_t: Tensor,
+    threshold: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As :func:`gnomon.kernels.threshold_ffn.threshold_ffn_reference`."""
+    check_pair(x, up_t, gate_t, threshold, activation, up_bias, gate_bias)
+    lib = cpu_gather.serving(x, up_t)
+    if lib is None:
+        own = (activation, up_bias, gate_bias, out_dtype)
+        return threshold_ffn_reference(x, up_t, gate_t, threshold, *own)
+    lists = _list(lib, x, threshold)
+    up, gate = (
+        cpu_gather.columns(lib, x, weight_t, lists, None, bias, None, True)
+        for weight_t, bias in ((up_t, up_bias), (gate_t, gate_bias))
+    )
+    return (activate(gate, activation) * up).to(out_dtype or x.dtype)
 
 
 def _list(lib: CDLL, x: Tensor, threshold: Tensor) -> cpu_gather.Lists:

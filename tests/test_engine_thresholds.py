@@ -305,10 +305,18 @@ class Upside(policies.Cats):
 
 
 class Uneven(policies.Teal):
-    """A density of its own for k, which one launch reads together with q and v."""
+    """A density of its own for one of the linears that one launch reads together."""
+
+    alone = "k"
 
     def channel_density(self, role: Any, budget: Budget) -> float:
-        return 0.3 if role == "k" else super().channel_density(role, budget)
+        return 0.3 if role == self.alone else super().channel_density(role, budget)
+
+
+class UnevenGate(Uneven):
+    """The gate's instead of k's."""
+
+    alone = "gate"
 
 
 def test_a_policy_derived_from_a_threshold_is_not_taken_for_it() -> None:
@@ -318,5 +326,6 @@ def test_a_policy_derived_from_a_threshold_is_not_taken_for_it() -> None:
     with Engine(model, made, batch=1, context=64) as engine:
         assert isinstance(engine.decider, PerToken)
         assert_same(agree(engine, model, made, ids_of(), 8))
-    with pytest.raises(UnsupportedPolicyError, match="skips input channels"):
-        Engine(model, Uneven(calibration(model), HALF), batch=1, context=64)
+    for uneven in (Uneven, UnevenGate):
+        with pytest.raises(UnsupportedPolicyError, match="skips input channels"):
+            Engine(model, uneven(calibration(model), HALF), batch=1, context=64)

@@ -336,6 +336,26 @@ def _threshold_gemv(m: Make, kept: float) -> Case:
     )
 
 
+def _threshold_ffn(m: Make, kept: float) -> Case:
+    """Gate and up by the input channels above a threshold (TEAL)."""
+    from gnomon.kernels.threshold_ffn import threshold_ffn, threshold_ffn_reference
+
+    s = m.sizes
+    x, (up, gate) = m.inputs(s.D), (m.randn(s.D, s.F) for _ in "ug")
+    threshold = torch.quantile(x.float().abs().flatten(), 1 - kept).reshape(1)
+    threshold = threshold if kept < 1 else torch.full_like(threshold, -1.0)
+    read = (x.float().abs() > threshold).any(0).float().mean().item()
+    args = (x, up, gate, threshold, "silu")
+    turned_up, turned_gate = (w.t().contiguous() for w in (up, gate))
+    return Case(
+        lambda: threshold_ffn(*args),
+        lambda: threshold_ffn_reference(*args),
+        lambda: _dense_up(x, turned_up, turned_gate),
+        read * _nbytes(up, gate),
+        _nbytes(up, gate),
+    )
+
+
 def _dense_up(x: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return F.linear(x, up).relu()
@@ -362,4 +382,5 @@ OPS: dict[str, Callable[[Make, float], Case]] = {
     "sketch_scores": _sketch_scores,
     "sketched_ffn": _sketched_ffn,
     "threshold_gemv": _threshold_gemv,
+    "threshold_ffn": _threshold_ffn,
 }

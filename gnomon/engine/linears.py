@@ -17,6 +17,7 @@ from gnomon.host import HostSpec
 
 Followed = tuple[Tensor | None, Tensor | None, Tensor | None]
 QKV: tuple[Role, ...] = ("k", "v", "q")
+GATE_UP: tuple[Role, ...] = ("gate", "up")
 
 
 class Linears:
@@ -96,11 +97,12 @@ class Linears:
 
     def units(self, layer: int, x: Tensor, w: LayerWeights, norm: Norm) -> Tensor:
         """The input of the down projection, (B, F), from the input channels that pass."""
-        x, act = self.normed(x, norm), {"activation": self.activation}
+        x = self.normed(x, norm)
         if w.gate is None:
-            return self.passing(("up",), layer, x, w.up, w.up_bias, **act)
-        gate = self.passing(("gate",), layer, x, w.gate, w.gate_bias, **act)
-        return self.passing(("up",), layer, x, w.up, w.up_bias, given=gate)
+            return self.passing(("up",), layer, x, w.up, w.up_bias, activation=self.activation)
+        _, cut = (self.decider.cut(role, layer, x) for role in GATE_UP)  # one, see Passing.fits
+        own = (self.activation, w.up_bias, w.gate_bias, torch.float32)
+        return self.ops.threshold_ffn(x, w.up.weight, w.gate.weight, cut, *own)
 
     def kept_units(
         self, layer: int, x: Tensor, w: LayerWeights, norm: Norm

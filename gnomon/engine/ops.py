@@ -18,6 +18,7 @@ from gnomon.kernels import (
     norm_add,
     row_gather,
     sketched_ffn,
+    threshold_ffn,
     threshold_gemv,
 )
 
@@ -33,6 +34,7 @@ class Ops:
     norm_add: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
     threshold_gemv: Callable[..., Tensor]
+    threshold_ffn: Callable[..., Tensor]
     sketched_ffn: Callable[..., tuple[Tensor, Tensor]]
     int4_ffn_up: Callable[..., Tensor]
     int4_ffn_down: Callable[..., Tensor]
@@ -46,6 +48,7 @@ TORCH = Ops(
     cpu_gather.norm_add,
     cpu_attention.decode_attention,
     cpu_threshold.threshold_gemv,
+    cpu_threshold.threshold_ffn,
     sketched_ffn.sketched_ffn_gather,
     int4_ffn.int4_ffn_up_reference,
     int4_ffn.int4_ffn_down_reference,
@@ -58,6 +61,7 @@ TRITON = Ops(
     norm_add.norm_add_triton,
     decode_attention.decode_attention_triton,
     threshold_gemv.threshold_gemv_triton,
+    threshold_ffn.threshold_ffn_triton,
     sketched_ffn.sketched_ffn_triton,
     int4_ffn.int4_ffn_up_triton,
     int4_ffn.int4_ffn_down_triton,

@@ -17,6 +17,8 @@ from gnomon.policies.base import Policy
 from gnomon.policies.teal_attention import TealAttention
 from gnomon.policies.threshold import Threshold
 
+TOGETHER: tuple[frozenset[Role], ...] = (frozenset({"q", "k", "v"}), frozenset({"gate", "up"}))
+
 
 def thresholds_of(policy: Policy) -> Threshold | None:
     """The thresholds that a policy compares input channels with; None where it has none."""
@@ -108,7 +110,7 @@ class Passing(InputChannels):
             return False
         if decided and _definer(cls, "scores") is not _definer(cls, "gate_cut"):
             return False  # its scores are no longer those that the cut was made for
-        return not {"q", "k", "v"} <= policy.thresholded or _shared(policy)
+        return all(_shared(policy, roles) for roles in TOGETHER if roles <= policy.thresholded)
 
     def begin(self, position: Tensor, live: Tensor) -> None:
         """Forgets the step before."""
@@ -134,8 +136,8 @@ def _definer(cls: type, name: str) -> type:
     return next(base for base in cls.__mro__ if name in vars(base))
 
 
-def _shared(policy: Threshold) -> bool:
-    """Whether q, k and v, which one launch reads, have one threshold; waits for the device."""
+def _shared(policy: Threshold, roles: frozenset[Role]) -> bool:
+    """Whether linears that one launch reads have one threshold; waits for the device."""
     layers = range(policy.spec.L)
-    q, *others = ([policy.channel_cut(r, i) for i in layers] for r in ("q", "k", "v"))
-    return all(torch.equal(a, b) for cuts in others for a, b in zip(q, cuts, strict=True))
+    first, *others = ([policy.channel_cut(r, i) for i in layers] for r in roles)
+    return all(torch.equal(a, b) for cuts in others for a, b in zip(first, cuts, strict=True))
