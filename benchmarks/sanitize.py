@@ -16,6 +16,12 @@ from gnomon.kernels.compact import compact_mask_reference, compact_mask_triton, 
 from gnomon.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from gnomon.kernels.fewbit import pack
 from gnomon.kernels.gathered_ffn import ffn_up, ffn_up_triton
+from gnomon.kernels.int4_ffn import (
+    int4_ffn_down_reference,
+    int4_ffn_down_triton,
+    int4_ffn_up_reference,
+    int4_ffn_up_triton,
+)
 from gnomon.kernels.norm_add import norm_add_reference, norm_add_triton
 from gnomon.kernels.row_gather import row_gather_reference, row_gather_triton
 from gnomon.kernels.rowscaled_linear import (
@@ -28,6 +34,7 @@ from gnomon.kernels.sketch_scores import sketch_scores_reference, sketch_scores_
 from gnomon.kernels.sketched_ffn import sketched_ffn_reference, sketched_ffn_triton
 from gnomon.kernels.threshold_ffn import threshold_ffn_reference, threshold_ffn_triton
 from gnomon.kernels.threshold_gemv import threshold_gemv, threshold_gemv_reference
+from gnomon.policies.compressed import compress
 
 DEVICE = torch.device("cuda")
 TOLERANCE = 2e-2  # bf16 caches and weights; a stray read or write is far off, or NaN
@@ -151,6 +158,28 @@ def sketches(rows: int, width: int, bits: tuple[int, int]) -> None:
     )
 
 
+def int4(rows: int, width: int) -> None:
+    """Both halves of an FFN of int4 rows."""
+
+    def stored(n: int) -> tuple[Tensor, Tensor]:
+        found = compress(torch.randn(n, width) / width**0.5, "int4").tensors
+        return found["codes"].to(DEVICE), found["scale"].to(DEVICE)
+
+    x, h = randn(rows, width, dtype=torch.float32), randn(rows, 301, dtype=torch.float32)
+    pair = (*stored(301), *stored(301))
+    check(
+        f"int4_ffn_up {rows} {width}",
+        lambda: int4_ffn_up_triton(x, *pair, activation="silu"),
+        lambda: int4_ffn_up_reference(x, *pair, activation="silu"),
+    )
+    down = stored(301)
+    check(
+        f"int4_ffn_down {rows} {width}",
+        lambda: int4_ffn_down_triton(h, *down, width),
+        lambda: int4_ffn_down_reference(h, *down, width),
+    )
+
+
 def rest() -> None:
     """Norm, row-scaled and threshold products."""
     x, gain = randn(2, 200, dtype=torch.float32), randn(200, dtype=torch.float32)
@@ -193,6 +222,8 @@ def main() -> None:
     for rows in (1, 3, 5):
         for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0))):
             sketches(rows, width, bits)
+    for rows, width in ((1, 200), (3, 1536), (5, 72)):
+        int4(rows, width)
     rest()
     torch.cuda.synchronize()
 

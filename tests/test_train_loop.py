@@ -16,7 +16,7 @@ from synthetic_rows import SyntheticRows
 
 from gnomon.host import KINDS, HostSpec, Tap
 from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
-from gnomon.predictors.module import PredictorModule
+from gnomon.predictors.module import PredictorModule, _sampled
 from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking
 from gnomon.predictors.rates import RateFinder
 from gnomon.predictors.schedule import cosine_warmup
@@ -247,3 +247,17 @@ def test_a_rate_finder_sets_the_rate_and_puts_everything_back(tmp_path: Path) ->
 def test_a_rate_finder_needs_steps_and_rising_rates(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RateFinder(**settings)
+
+
+def test_quantiles_are_those_of_many_rows_and_every_unit() -> None:
+    scores = torch.rand(600, 2, 200) + torch.arange(600)[:, None, None]  # rows differ most
+    found = torch.cat([_sampled(part, 150 * i) for i, part in enumerate(scores.split(150))])
+    assert found.shape == (600, 2, 6)  # of 200 units, every 32nd
+    places = torch.linspace(0.01, 0.99, 50)
+    wanted, have = (torch.quantile(x[:, 0].flatten()[:120_000], places) for x in (scores, found))
+    torch.testing.assert_close(have, wanted, rtol=0, atol=2.0)
+    marked = torch.arange(200.0).expand(600, 2, 200)
+    counts = _sampled(marked, 0)[:, 0].flatten().int().bincount(minlength=200)
+    assert counts.min() >= 12 and counts.max() <= 24  # 18 each in the mean
+    few = torch.rand(5, 2, 9)
+    assert torch.equal(_sampled(few, 3), few)
