@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gnomon.kernels import fewbit
-from gnomon.kernels.launch import pdl, power_of_two, processors
+from gnomon.kernels.launch import pdl, power_of_two
 from gnomon.kernels.sketch_gemv import Plane, planes
 
 try:
@@ -207,7 +207,7 @@ def launch_sketched(
     linear = fewbit.Copy(None, None, 0, None, None) if copies[1] is None else copies[1]  # type: ignore[arg-type]
     own = Rows(None, None, None) if gate is None else gate  # type: ignore[arg-type]
     matrices = [planes(width, copy.bits) for copy in (inner, linear) if copy.bits]
-    block_n, rows, warps = _shape(n, width, matrices, up.weight.element_size(), x.device)
+    block_n, rows, warps = _shape(width, matrices, up.weight.element_size())
     blocks = -(-n // block_n)
     pairs = [(getattr(inner, f), getattr(linear, f)) for f in ("packed", "scale", "bias", "floor")]
     tensors = [t for pair in pairs for t in pair] + [offset, cut]
@@ -244,22 +244,16 @@ def launch_sketched(
     return h, index
 
 
-def _shape(
-    n: int,
-    width: int,
-    matrices: list[tuple[Plane, ...]],
-    size: int,
-    device: torch.device,
-) -> tuple[int, int, int]:
+def _shape(width: int, matrices: list[tuple[Plane, ...]], size: int) -> tuple[int, int, int]:
     """Neurons of a program, rows under way at once, warps.
 
-    Three programs or more per processor; a thread has 16 bytes of a copy's tile, and each block of
-    rows is 8 KB of a matrix for every four warps.
+    Eight neurons: wider blocks hold more than a thread's registers where rows are long (32 of them
+    over 4096 columns spill, and take five times a dense FFN), and are slower where they are not. A
+    thread has 16 bytes of a copy's tile, and each block of rows is 8 KB of a matrix for every four
+    warps, of which long rows are given two.
     """
     tile = min(plane[4] for matrix in matrices for plane in matrix)
-    block_n = 64
-    while block_n > 8 and -(-n // block_n) < 3 * processors(device):
-        block_n //= 2
-    warps = max(1, min(4, block_n * tile // 512))
+    block_n = 8
+    warps = max(1, min(2 if width > 1024 else 4, block_n * tile // 512))
     rows = max(1, min(8, 2048 * warps // (power_of_two(width) * max(2, size))))
     return block_n, rows, warps

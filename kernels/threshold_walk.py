@@ -39,6 +39,9 @@ except ImportError:  # Triton ships for Linux only; the references need nothing
 PACKED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+LONG = 8192  # channels of a tile that two programs share
+
+
 class Shape(NamedTuple):
     """How a launch is cut.
 
@@ -420,13 +423,18 @@ def _lanes(shape: Shape, size: int) -> int:
 def _shape(
     width: int, n: int, together: int, groups: int, gated: bool, size: int, device: torch.device
 ) -> Shape:
-    """32 KB a step in 8 warps; the widest tiles that nearly fill the processors, or splits."""
+    """32 KB a step in 8 warps; the widest tiles that nearly fill the processors, or splits.
+
+    Where tiles fill the processors about once and are long, two programs share each.
+    """
     unroll = max(1, (4 if gated else 8) // together)
     enough = 0.9 * processors(device)
     for block_n in (64, 32):
         block_n = min(block_n, max(16, power_of_two(n)))
-        if -(-n // block_n) * groups >= enough:
-            return Shape(block_n, unroll, 1, 8)
+        programs = -(-n // block_n) * groups
+        if programs >= enough:
+            long = width >= LONG and programs < 1.2 * processors(device)
+            return Shape(block_n, unroll, 2 if long else 1, 8)
     block_n = min(64, max(16, power_of_two(n)))
     programs = -(-n // block_n) * groups
     step = unroll * _lanes(Shape(block_n, unroll, 1, 8), size)

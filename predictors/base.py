@@ -161,6 +161,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         """
         return {kind: getattr(self, f"tilt_{kind}") for kind in KINDS}
 
+    @property
+    def has_tilt(self) -> bool:
+        """Whether a spread was learned."""
+        return any(bool(tilt.any()) for tilt in self.tilts.values())
+
     def learn_spread(self) -> None:
         """Trains the tilts too."""
         for tilt in self.tilts.values():
@@ -173,7 +178,7 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
             ValueError: none were learned.
         """
         tilts = self.tilts
-        if not any(tilt.requires_grad or bool(tilt.any()) for tilt in tilts.values()):
+        if not (self.has_tilt or any(tilt.requires_grad for tilt in tilts.values())):
             raise ValueError(
                 f"budget.spread='learned': this {self.name} predictor was trained with the same "
                 "share in every layer: train it with objective=kl student.spread=learned, or use "

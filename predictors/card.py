@@ -27,7 +27,7 @@ import gnomon
 
 model, tokenizer = gnomon.load_host("{host}")
 predictor = gnomon.load_predictor("<this folder>")
-policy = gnomon.policies.{cls}(predictor, gnomon.Budget(density=0.5))
+policy = gnomon.policies.{cls}(predictor, gnomon.Budget(density=0.5{spread}))
 with gnomon.sparsify(model, policy):
     model.generate(**tokenizer("The shadow of", return_tensors="pt"), max_new_tokens=32)
 ```
@@ -71,6 +71,7 @@ def model_card(predictor: Predictor) -> str:
         nbytes=predictor.nbytes,
         contents=predictor.contents,
         stored=_stored(predictor),
+        spread=', spread="learned"' if predictor.has_tilt else "",
         metrics=_metrics(predictor),
     )
 
@@ -105,7 +106,8 @@ def _metrics(predictor: Predictor) -> str:
         found = metrics["student"]
         rows.append(
             f"\nThe sparse host at these densities (refresh {found['refresh']}, protocol "
-            f"{found['protocol']}): KL to the dense host {found['kl']:.4f}, perplexity ratio "
-            f"{found['ppl_ratio']:.3f}, over {found['positions']} held-out positions."
+            f"{found['protocol']}, spread {found['spread']}): KL to the dense host "
+            f"{found['kl']:.4f}, perplexity ratio {found['ppl_ratio']:.3f}, over "
+            f"{found['positions']} held-out positions."
         )
     return "\n".join(rows)

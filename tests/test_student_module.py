@@ -244,7 +244,9 @@ def test_training_that_ends_worse_than_it_began_says_so(
 
 
 @pytest.mark.parametrize(("kind", "choose"), [("sketch", "threshold"), ("dejavu", "topk")])
-def test_a_spread_is_learned_kept_and_used(kind: str, choose: str, tmp_path: Path) -> None:
+def test_a_spread_is_learned_kept_and_used(
+    kind: str, choose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, _ = tiny_host()
     spec, neurons = describe(model), {"heads": 1.0, "neurons": 0.5}
     net = cases.predictor(model, kind, **({"tune": True} if kind == "sketch" else {}))
@@ -263,7 +265,10 @@ def test_a_spread_is_learned_kept_and_used(kind: str, choose: str, tmp_path: Pat
     counts = policy.counts["neurons"]
     assert sum(counts) == round(0.5 * spec.L * spec.F) and len(set(counts)) > 1
     assert counts.index(max(counts)) == int(tilt.argmax())
+    assert 'spread="learned"' in (tmp_path / "p" / "README.md").read_text()
+    assert "budget.spread=learned is what" not in caplog.text
     plain = build_policy(kind, Budget(**neurons), used, choose=choose)
+    assert "budget.spread=learned is what" in caplog.text
     plain.bind(model, spec)
     assert len(set(plain.counts["neurons"])) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -12,6 +13,8 @@ from gnomon.budget import Budget, choices
 from gnomon.host import KINDS, Tap, UnitKind
 from gnomon.policies.base import KV, Batch, Policy, Refresh, Seen
 from gnomon.predictors.base import Predictor
+
+log = logging.getLogger(__name__)
 
 Choose = Literal["topk", "threshold"]
 
@@ -50,6 +53,13 @@ class Learned(Policy):
     ) -> None:
         if budget.spread == "learned" and isinstance(predictor, Predictor):
             budget = replace(budget, tilt=predictor.tilt())
+        elif budget.spread == "layer" and isinstance(predictor, Predictor) and predictor.has_tilt:
+            log.warning(
+                "this %s predictor was trained with student.spread=learned, and "
+                "budget.spread=layer keeps as many units in every layer: budget.spread=learned is "
+                "what it was trained for",
+                predictor.name,
+            )
         super().__init__(budget, refresh, batch, kv)
         self._offer("params.choose", choose, self.chooses)
         self.choose = choose
