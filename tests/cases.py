@@ -78,6 +78,7 @@ POLICIES: dict[str, Make] = {
     "shadow": lambda m, b: policies.Shadow(predictor(m), b),
     "shadow-prompt": lambda m, b: policies.Shadow(predictor(m), b, refresh="prompt"),
     "shadow-context": lambda m, b: policies.Shadow(predictor(m, tap=Tap(0, "attn_context")), b),
+    "shadow-threshold": lambda m, b: policies.Shadow(predictor(m), b, choose="threshold"),
     "shadow-shared": lambda m, b: policies.Shadow(predictor(m), b, batch="shared"),
     "dejavu": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b),
     "dejavu-lookahead": lambda m, b: policies.DejaVu(
@@ -129,7 +130,7 @@ POLICIES: dict[str, Make] = {
 }
 GATED_ONLY = ("cats", "chess", "chess-ffn")  # refused on hosts without a gate
 THRESHOLDS = (*GATED_ONLY, "teal")  # met in the mean over calibration tokens
-IN_THE_MEAN = (*THRESHOLDS, "sketch-threshold")  # of whatever text
+IN_THE_MEAN = (*THRESHOLDS, "sketch-threshold", "shadow-threshold")  # of whatever text
 
 
 def families_of(name: str) -> list[str]:
