@@ -149,4 +149,5 @@ def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:
             + ": set them alike"
         )
     predictor.load_state_dict(found.dequantize().state_dict())
+    predictor.begin()
     predictor.info = found.info

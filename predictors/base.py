@@ -251,6 +251,9 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
     def follow(self, found: Predictor) -> None:
         """Before training goes on from another: takes on what was read off the host."""
 
+    def begin(self) -> None:
+        """Before training goes on from another, whose weights are in."""
+
     def check_host(self, spec: HostSpec) -> None:
         """Refuses another host than the one trained for.
 

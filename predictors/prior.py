@@ -5,8 +5,9 @@ The dense prompt computes GRIFFIN's flocking statistic s of every neuron anyway
 
     score[l, j] = a_l · log(√F · s[l, j] + ε) + b[l, j]        a_l = 1 to begin with
 
-The prior b (L, F) and its counterweight a (L,) are trained end to end. a = 0 would be a learned
-fixed choice (``static``); a = 1, b = 0 ranks as GRIFFIN does. √F · s has a root mean square of 1
+The prior b (L, F) and its counterweight a (L,) are trained end to end; where a is given
+(``slope``), b alone. a = 0 would be a learned fixed choice (``static``), and is what a training of
+both has ended in; a = 1, b = 0 ranks as GRIFFIN does. √F · s has a root mean square of 1
 over the neurons of a layer, so that its log lies round 0: otherwise a gradient that asks for higher
 scores altogether would lower a. Heads stay dense.
 
@@ -22,7 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from gnomon.host import KINDS, UnitKind
+from gnomon.host import KINDS, HostSpec, UnitKind
 from gnomon.predictors.static import FixedScores
 
 EPSILON = 1e-3  # of an average neuron: what one scores that no token of the prompt used
@@ -36,6 +37,7 @@ class Prior(FixedScores):
     Args:
         L, H, F: layers, heads and neurons of the host.
         width: W, width of the hidden state that is named as its tap and not used.
+        slope: a of every layer, which then is not trained; None: begins at 1.
 
     Attributes:
         slope: (L,) a, fp32.
@@ -45,10 +47,23 @@ class Prior(FixedScores):
     subject, reads = "every FFN neuron", "the units of the dense prompt"
     undecayed = ("bias", "slope")
 
-    def __init__(self, L: int, H: int, F: int, width: int) -> None:
+    def __init__(self, L: int, H: int, F: int, width: int, slope: float | None = None) -> None:
         super().__init__(L, H, F, width)
-        self.slope = nn.Parameter(torch.ones(L))
+        self._given = slope
+        self.slope = nn.Parameter(torch.ones(L), slope is None)
+        self.begin()
         self._hold_weights()
+
+    @classmethod
+    def for_host(cls, spec: HostSpec, slope: float | None = None) -> Self:
+        """An untrained one, sized for a host."""
+        made = super().for_host(spec)
+        return cls(**made.params, slope=slope)
+
+    def begin(self) -> None:
+        """The slopes that were given, whatever a trained one had."""
+        if self._given is not None:
+            self.slope.data.fill_(self._given)
 
     def from_statistic(self, layer: int, statistic: Tensor) -> Tensor:
         """Scores of one layer's neurons; gradients reach a and b.
@@ -87,7 +102,7 @@ class Prior(FixedScores):
     def dequantize(self) -> Self:
         """Training can go on."""
         super().dequantize()
-        self.slope.requires_grad_(True)
+        self.slope.requires_grad_(self._given is None)
         self._hold_weights()
         return self
 

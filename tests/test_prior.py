@@ -17,6 +17,7 @@ import gnomon
 from cases import calibration, predictor
 from gnomon.accounting import Density, account
 from gnomon.budget import Budget
+from gnomon.endtoend import start_from
 from gnomon.evaluation.results import read_results
 from gnomon.host import HostSpec, describe
 from gnomon.kernels.topk_mask import topk_mask
@@ -223,6 +224,22 @@ def test_weight_decay_spares_what_starts_at_one() -> None:
         g["params"] for g in module.configure_optimizers().param_groups if not g["weight_decay"]
     ]
     assert any(p is net.slope for group in spared for p in group)
+
+
+def test_a_slope_that_is_given_is_not_trained_and_survives_a_warm_start(tmp_path: Path) -> None:
+    model, _ = tiny_host()
+    spec = describe(model)
+    trained = predictor(model, "prior")
+    trained.quantize().save_pretrained(tmp_path)
+    made = PriorPredictor.for_host(spec, slope=0.5)
+    assert not made.slope.requires_grad and made.params == trained.params
+    start_from(made, str(tmp_path), spec)
+    assert made.slope.tolist() == [0.5] * spec.L and not made.slope.requires_grad
+    ours, theirs = made.outputs["neurons"].bias, trained.outputs["neurons"].bias
+    assert torch.equal(ours, theirs) and ours.requires_grad
+    free = PriorPredictor.for_host(spec)
+    start_from(free, str(tmp_path), spec)
+    assert torch.equal(free.slope, trained.slope) and free.slope.requires_grad
 
 
 SMALL = ["host=tiny", "text=synthetic", "text.block=48"]
