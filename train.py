@@ -33,7 +33,7 @@ from gnomon import tracking, training
 from gnomon.calibration import calibrate
 from gnomon.data.stage import prepare
 from gnomon.data.store import TraceStore
-from gnomon.endtoend import Settings, make_module, start_from
+from gnomon.endtoend import Settings, check_spread, make_module, start_from
 from gnomon.errors import one_line
 from gnomon.host import HostSpec
 from gnomon.predictors.base import Predictor
@@ -66,6 +66,7 @@ def main(cfg: DictConfig) -> None:
         return
     objective = instantiate(cfg.objective)
     criterion = instantiate(cfg.criterion)
+    check_spread(cfg.student.spread, objective)
     if cfg.init is not None:
         start_from(predictor, cfg.init, spec)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

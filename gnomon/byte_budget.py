@@ -44,7 +44,8 @@ def _common(policy: Policy, budget: Budget) -> Budget:
         return replace(budget, bytes=None, density=density)
 
     low, high = _least(policy) + 1e-3, 1.0
-    cost = _cost(policy, lambda density: replace(at(density), spread="layer"))
+    spread = "layer" if not budget.fixed_counts else budget.spread
+    cost = _cost(policy, lambda density: replace(at(density), spread=spread))
     _require_reachable(policy, budget, cost(low))
     if cost(high) <= _target(budget):
         return at(1.0)

@@ -59,6 +59,8 @@ class Settings:
         Raises:
             ValueError: nothing to train, or settings that exclude each other.
         """
+        if self.spread != "learned":
+            predictor.forget_spread()
         budget = Budget(
             heads=density["heads"],
             neurons=density["neurons"],
@@ -91,15 +93,13 @@ def make_module(
     """The module that fits a predictor: on rows, or on the sparse host where there is a student.
 
     Raises:
-        ValueError: a sketch to be tuned, or a prior, by another objective than ``kl``; a spread
-            to be learned by another one.
+        ValueError: a sketch to be tuned, a prior, or a spread to be learned by another objective
+            than ``kl``.
     """
-    learned = student is not None and student.policy.budget.spread == "learned"
-    if learned and not isinstance(objective, Kl):
-        raise ValueError(
-            f"student.spread=learned with objective={objective.name}, whose loss says nothing of "
-            "what a layer's next unit is worth: use objective=kl, or student.spread=layer"
-        )
+    if student is None:
+        predictor.forget_spread()
+    else:
+        check_spread(student.policy.budget.spread, objective)
     if isinstance(predictor, Prior) and not isinstance(objective, Kl):
         raise ValueError(
             f"objective={objective.name} with predictor=prior: its rows have no prompt to weigh "
@@ -114,6 +114,15 @@ def make_module(
     if student is None:
         return PredictorModule(predictor, objective, *how)
     return StudentModule(student, objective, criterion, *how)
+
+
+def check_spread(spread: str, objective: Objective) -> None:
+    """Raises ValueError where a spread is to be learned by another objective than ``kl``."""
+    if spread == "learned" and not isinstance(objective, Kl):
+        raise ValueError(
+            f"student.spread=learned with objective={objective.name}, whose loss says nothing of "
+            "what a layer's next unit is worth: use objective=kl, or student.spread=layer"
+        )
 
 
 def start_from(predictor: Predictor, folder: str, spec: HostSpec) -> None:

@@ -83,7 +83,8 @@ def resume_from(trainer: pl.Trainer, ckpt_path: str | None) -> str | None:
     if not found:
         raise ValueError(
             f"ckpt_path=last: nothing to go on from in {folder}; the host, text, criterion, "
-            "harvest, predictor, objective, optimizer and seed must be those of the stopped run"
+            "harvest, predictor, objective, student, optimizer, bias_rate and seed must be those "
+            "of the stopped run"
         )
     return str(found[-1])
 

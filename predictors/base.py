@@ -171,6 +171,11 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         for tilt in self.tilts.values():
             tilt.requires_grad_(True)
 
+    def forget_spread(self) -> None:
+        """Drops the tilts: what is trained next has the same share in every layer."""
+        for tilt in self.tilts.values():
+            tilt.requires_grad_(False).zero_()
+
     def tilt(self) -> Tilt:
         """The tilts as they are now.
 
@@ -180,9 +185,9 @@ class Predictor(nn.Module, PyTorchModelHubMixin):
         tilts = self.tilts
         if not (self.has_tilt or any(tilt.requires_grad for tilt in tilts.values())):
             raise ValueError(
-                f"budget.spread='learned': this {self.name} predictor was trained with the same "
-                "share in every layer: train it with objective=kl student.spread=learned, or use "
-                "budget.spread=layer"
+                f"budget.spread='learned': this {self.name} predictor holds no spread that was "
+                "learned: train one with objective=kl student.spread=learned (predictor=shadow, "
+                "dejavu, sketch, prior or static), or use budget.spread=layer"
             )
         return Tilt(*(tuple(tilts[kind].detach().double().tolist()) for kind in KINDS))
 

@@ -27,7 +27,7 @@ import gnomon
 
 model, tokenizer = gnomon.load_host("{host}")
 predictor = gnomon.load_predictor("<this folder>")
-policy = gnomon.policies.{cls}(predictor, gnomon.Budget(density=0.5{spread}))
+policy = gnomon.policies.{cls}(predictor, gnomon.Budget(density=0.5{spread}){choose})
 with gnomon.sparsify(model, policy):
     model.generate(**tokenizer("The shadow of", return_tensors="pt"), max_new_tokens=32)
 ```
@@ -72,6 +72,7 @@ def model_card(predictor: Predictor) -> str:
         contents=predictor.contents,
         stored=_stored(predictor),
         spread=', spread="learned"' if predictor.has_tilt else "",
+        choose=', choose="threshold"' if _choice(predictor) == "threshold" else "",
         metrics=_metrics(predictor),
     )
 
@@ -79,6 +80,11 @@ def model_card(predictor: Predictor) -> str:
 def _split(facts: Mapping[str, Any]) -> str:
     known = [f"text.{key}={facts[key]}" for key in ("heldout", "seed") if key in facts]
     return f", {', '.join(known)}" if known else ""
+
+
+def _choice(predictor: Predictor) -> str:
+    student = predictor.info.metrics.get("student", {})
+    return str(student.get("choose", "topk"))
 
 
 def _stored(predictor: Predictor) -> str:
@@ -104,9 +110,11 @@ def _metrics(predictor: Predictor) -> str:
             rows.append(f"| {kind} | {density:g} | {label} | {numbers} |")
     if "student" in metrics:
         found = metrics["student"]
+        placed = ", thresholds that the held-out batch itself places"
+        by = placed if _choice(predictor) == "threshold" else ""
         rows.append(
             f"\nThe sparse host at these densities (refresh {found['refresh']}, protocol "
-            f"{found['protocol']}, spread {found['spread']}): KL to the dense host "
+            f"{found['protocol']}, spread {found['spread']}{by}): KL to the dense host "
             f"{found['kl']:.4f}, perplexity ratio {found['ppl_ratio']:.3f}, over "
             f"{found['positions']} held-out positions."
         )

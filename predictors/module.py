@@ -167,14 +167,17 @@ class PredictorModule(pl.LightningModule):
         tilts, spared = list(self.predictor.tilts.values()), self.predictor.undecayed
         tilted = {id(tilt) for tilt in tilts}
         named = [(n, p) for n, p in self.predictor.named_parameters() if id(p) not in tilted]
+        biases = [p for n, p in named if n.endswith("bias")]
+        others = [p for n, p in named if n.endswith(spared) and not n.endswith("bias")]
         groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in named if not n.endswith(spared)]},
-            {"params": [p for n, p in named if n.endswith(spared)], "weight_decay": 0.0},
+            {"params": [p for n, p in named if not n.endswith(spared)], "of_rate": 1.0},
+            {"params": biases, "weight_decay": 0.0, "of_rate": self.rates.biases},
+            {"params": others, "weight_decay": 0.0, "of_rate": 1.0},
+            {"params": tilts, "weight_decay": 0.0, "lr": self.rates.spread, "of_rate": None},
         ]
-        if any(tilt.requires_grad for tilt in tilts):
-            groups.append({"params": tilts, "weight_decay": 0.0, "lr": self.rates.spread})
-        optimizer = self._optimizer(groups)
-        optimizer.param_groups[1]["lr"] *= self.rates.biases
+        optimizer = self._optimizer([group for group in groups if _any_trained(group["params"])])
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.0 if group["of_rate"] is None else group["of_rate"]
         if self._scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -188,6 +191,11 @@ class PredictorModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checkpoints from before ``spread=learned`` have no tilts."""
+        for kind, tilt in self.predictor.tilts.items():
+            checkpoint["state_dict"].setdefault(f"predictor.tilt_{kind}", torch.zeros_like(tilt))
 
     def configure_gradient_clipping(
         self,
@@ -248,3 +256,7 @@ def _sampled(scores: Tensor, first: int) -> Tensor:
     row = torch.arange(rows, device=scores.device)[:, None] + first
     units = (row + SPARED * torch.arange(n // SPARED, device=scores.device)) % n
     return scores.gather(-1, units[:, None].expand(rows, layers, -1))
+
+
+def _any_trained(parameters: list[torch.nn.Parameter]) -> bool:
+    return any(p.requires_grad for p in parameters)

@@ -8,6 +8,7 @@ weights and optimiser are then as before. A schedule goes on from the rate found
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateFinder
@@ -51,15 +52,21 @@ class RateFinder(LearningRateFinder):
         if rate is None:
             log.warning("find_rate: no rate lowered the loss; training keeps optimizer.lr")
             return
-        for config in trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            shares = [
-                now / base
-                for now, base in zip(schedule.get_last_lr(), schedule.base_lrs, strict=True)
-            ]
-            own = schedule.base_lrs[2:]  # of tilts, which have a rate of their own
-            schedule.base_lrs = [rate, rate * pl_module.rates.biases, *own]
-            groups = schedule.optimizer.param_groups
-            for group, base, share in zip(groups, schedule.base_lrs, shares, strict=True):
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for optimizer in trainer.optimizers:
+            shares: list[Any] = [1.0] * len(optimizer.param_groups)
+            for schedule in schedules:
+                rates = zip(schedule.get_last_lr(), schedule.base_lrs, strict=True)
+                shares = [now / base for now, base in rates]
+            bases = [_base(group, rate, pl_module) for group in optimizer.param_groups]
+            for schedule in schedules:
+                schedule.base_lrs = [*bases]
+            for group, base, share in zip(optimizer.param_groups, bases, shares, strict=True):
                 group["initial_lr"], group["lr"] = base, base * share
         log.warning("find_rate: training with optimizer.lr=%.2g", rate)
+
+
+def _base(group: dict[str, Any], rate: float, module: PredictorModule) -> float:
+    """The full rate of a group of parameters, where the optimiser's is ``rate``."""
+    of_rate = group["of_rate"]
+    return module.rates.spread if of_rate is None else rate * float(of_rate)

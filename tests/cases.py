@@ -48,8 +48,18 @@ def predictor(model: PreTrainedModel, kind: str = "shadow", **params: Any) -> Pr
             k: torch.stack([torch.quantile(s[:, i].flatten(), q) for i in range(spec.L)])
             for k, s in made(rows).items()
         }
+        for k, row in table.items():  # of layers that stay dense there are none
+            row[: made.first(k)] = torch.nan
         made.calibrate({k: v.detach() for k, v in table.items()})
     made.info = replace(made.info, host=spec.name, spec_hash=spec.hash)
+    return made
+
+
+def tilted(made: Predictor) -> Predictor:
+    """With a spread that was learned."""
+    with torch.no_grad():
+        for tilt in made.tilts.values():
+            tilt.copy_(torch.linspace(-1.0, 1.5, len(tilt)))
     return made
 
 
@@ -79,6 +89,9 @@ POLICIES: dict[str, Make] = {
     "shadow-prompt": lambda m, b: policies.Shadow(predictor(m), b, refresh="prompt"),
     "shadow-context": lambda m, b: policies.Shadow(predictor(m, tap=Tap(0, "attn_context")), b),
     "shadow-threshold": lambda m, b: policies.Shadow(predictor(m), b, choose="threshold"),
+    "dejavu-learned": lambda m, b: policies.DejaVu(
+        tilted(predictor(m, "dejavu")), replace(b, spread="learned")
+    ),
     "shadow-shared": lambda m, b: policies.Shadow(predictor(m), b, batch="shared"),
     "dejavu": lambda m, b: policies.DejaVu(predictor(m, "dejavu"), b),
     "dejavu-lookahead": lambda m, b: policies.DejaVu(

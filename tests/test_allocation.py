@@ -12,7 +12,7 @@ from test_backends import assert_same, steps, text
 
 import gnomon
 from cases import POLICIES, calibration, predictor
-from gnomon.accounting import account
+from gnomon.accounting import account, expected_density
 from gnomon.allocation import Sensitivity, Tilt, allocate, convex_hull, level, sigmoid
 from gnomon.budget import Budget, layer_counts
 from gnomon.calibration import measure
@@ -85,13 +85,33 @@ def test_a_tilt_spends_the_budget_and_serves_every_density(total: int) -> None:
     assert max(even[1:]) - min(even[1:]) <= 1
 
 
+@pytest.mark.parametrize("target", [0.97, 0.94])
+@pytest.mark.parametrize("how", ["alone", "fallback", "skip"])
+def test_byte_budgets_are_met_under_a_learned_spread(how: str, target: float) -> None:
+    model, _ = tiny_host()
+    made = predictor(model, "prior")
+    made.tilt_neurons.data.copy_(torch.tensor([0.0, -2.0, 9.0]))
+    policy = CLASSES["prior"](made, Budget(bytes=target, spread="learned"))
+    if how == "fallback":
+        policy = CLASSES["dense_fallback"](policy, above=0.7)
+    elif how == "skip":
+        policy = SkipSublayers(layers=[1], what="ffn", inner=policy)
+    policy.bind(model)
+    aimed = expected_density(policy, policy.resolved)
+    found = account(policy, aimed).byte_density
+    assert target - 0.01 <= found <= target + 0.003  # below where a layer falls back at once
+
+
 def test_a_spread_that_was_never_learned_is_refused() -> None:
     model, _ = tiny_host()
     for kind in ("shadow", "dejavu", "sketch", "prior"):
-        with pytest.raises(ValueError, match=f"this {kind} predictor was trained with the same"):
+        with pytest.raises(ValueError, match=f"this {kind} predictor holds no spread"):
             build_policy(kind, Budget(neurons=0.5, spread="learned"), predictor(model, kind))
-    with pytest.raises(ValueError, match="does not offer budget.spread='learned'"):
-        CLASSES["griffin"](Budget(neurons=0.5, spread="learned"))
+    for make in (CLASSES["griffin"], SkipSublayers):
+        with pytest.raises(ValueError, match="does not offer budget.spread='learned'"):
+            make(Budget(neurons=0.5, spread="learned"))
+    with pytest.raises(ValueError, match="policy=shadow needs a Shadow predictor, got DejaVu"):
+        CLASSES["shadow"](predictor(model, "dejavu"), Budget(neurons=0.5, spread="learned"))
     with pytest.raises(ValueError, match=r"budget.tilt is None"):
         layer_counts(Budget(neurons=0.5, spread="learned"), describe(model), "neurons", [True] * 2)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gnomon
 from gnomon.host import KINDS, HostSpec, Tap
@@ -139,6 +140,17 @@ def test_folder_holds_what_the_contract_says(spec: HostSpec, tmp_path: Path) -> 
     torch.testing.assert_close(means, predictor.means["neurons"], rtol=5e-4, atol=0)
     assert "library_name: gnomon" in (tmp_path / "README.md").read_text()
     assert not predictor.quantized, "saving must not end a training"
+
+
+def test_folders_from_before_tilts_load_without_any(spec: HostSpec, tmp_path: Path) -> None:
+    made = Shadow.for_host(spec, hidden=8, rank=4).quantize()
+    made.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("tilt_")}
+    assert len(weights) - len(kept) == 2
+    save_file(kept, tmp_path / "model.safetensors")
+    back = gnomon.load_predictor(tmp_path)
+    assert not back.has_tilt and torch.equal(back.trunk.q, made.trunk.q)
 
 
 def test_the_split_of_its_text_is_kept_and_older_folders_load(

@@ -244,7 +244,14 @@ def test_balance_keeps_the_mass_of_all_positions_that_one_threshold_serves() -> 
     total = Softness(balanced=True).of(scores, cut).sum()
     (gradient,) = torch.autograd.grad(total, scores)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
+    sparse = torch.tensor([True, False])
+    own = Softness(balanced=True).of(scores, cut, counted=sparse)[sparse].sum()
+    (gradient,) = torch.autograd.grad(own, scores)  # what is dense has no part in it
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
     share = torch.tensor(7 / 18, requires_grad=True)
+    mean = Softness().of(scores, cut, share, sparse)[sparse].mean()
+    (gradient,) = torch.autograd.grad(mean, share)
+    torch.testing.assert_close(gradient, torch.ones(()), atol=1e-5, rtol=0)
     for at in (cut, scores.detach().topk(4).values[..., -1:]):
         mean = Softness(temperature=0.5).of(scores, at, share).mean()
         (gradient,) = torch.autograd.grad(mean, share)  # of a larger share so much more is kept

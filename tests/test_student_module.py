@@ -243,6 +243,17 @@ def test_training_that_ends_worse_than_it_began_says_so(
     assert found["float"]["kl"] > found["start"]["kl"] and "lower optimizer.lr" in caplog.text
 
 
+def test_a_fixed_mask_learns_its_spread_too() -> None:
+    model, _ = tiny_host()
+    spec, density = describe(model), {"heads": 1.0, "neurons": 0.5}
+    net = predictor(StaticPredictor)
+    fitted(net, Kl(balanced=True), 12, density=density, spread="learned", spread_rate=0.1)
+    policy = build_policy("static", Budget(**density, spread="learned"), net)
+    policy.bind(model, spec)
+    counts = policy.counts["neurons"]
+    assert len(set(counts)) > 1 and sum(counts) == round(0.5 * spec.L * spec.F)
+
+
 @pytest.mark.parametrize(("kind", "choose"), [("sketch", "threshold"), ("dejavu", "topk")])
 def test_a_spread_is_learned_kept_and_used(
     kind: str, choose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -253,11 +264,12 @@ def test_a_spread_is_learned_kept_and_used(
     how = {"density": neurons, "choose": choose, "spread": "learned", "spread_rate": 0.1}
     with pytest.raises(ValueError, match="student.spread=learned with objective=bce"):
         fitted(net, Bce(on_policy=True), 1, density=neurons, spread="learned")
-    found = fitted(net, Kl(balanced=True), 12, **how)["student"]
+    results = fitted(net, Kl(balanced=True), 12, **how)
+    found = results["student"]
     tilt = net.tilt_neurons.detach().clone()
     assert found["spread"] == "learned" and float(tilt.std()) > 0.05
     assert not bool(net.tilt_heads.any())
-    save(net, tmp_path / "p", replace(net.info, spec_hash=spec.hash))
+    save(net, tmp_path / "p", replace(net.info, spec_hash=spec.hash, metrics=results))
     used = gnomon.load_predictor(tmp_path / "p")
     torch.testing.assert_close(used.tilt_neurons, tilt, rtol=0, atol=0)
     policy = build_policy(kind, Budget(**neurons, spread="learned"), used, choose=choose)
@@ -267,6 +279,14 @@ def test_a_spread_is_learned_kept_and_used(
     assert counts.index(max(counts)) == int(tilt.argmax())
     assert 'spread="learned"' in (tmp_path / "p" / "README.md").read_text()
     assert "budget.spread=learned is what" not in caplog.text
+    assert ('choose="threshold"' in (tmp_path / "p" / "README.md").read_text()) == (
+        choose == "threshold"
+    )
+    again = gnomon.load_predictor(tmp_path / "p")
+    again.tune = kind == "sketch"
+    again.dequantize()
+    fitted(again, Kl(), 1, warm=True, density=neurons, choose=choose)
+    assert not again.has_tilt  # the last training had the same share in every layer
     plain = build_policy(kind, Budget(**neurons), used, choose=choose)
     assert "budget.spread=learned is what" in caplog.text
     plain.bind(model, spec)

@@ -16,7 +16,7 @@ from synthetic_rows import SyntheticRows
 
 from gnomon.host import KINDS, HostSpec, Tap
 from gnomon.predictors import DejaVu, Predictor, PredictorInfo, Shadow
-from gnomon.predictors.module import PredictorModule, _sampled
+from gnomon.predictors.module import PredictorModule, Rates, _sampled
 from gnomon.predictors.objectives import Bce, Mse, Objective, Ranking
 from gnomon.predictors.rates import RateFinder
 from gnomon.predictors.schedule import cosine_warmup
@@ -247,6 +247,49 @@ def test_a_rate_finder_sets_the_rate_and_puts_everything_back(tmp_path: Path) ->
 def test_a_rate_finder_needs_steps_and_rising_rates(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RateFinder(**settings)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_biases_and_tilts_have_rates_of_their_own(scheduled: bool, tmp_path: Path) -> None:
+    net = shadow()
+    net.learn_spread()
+    made = PredictorModule(
+        net,
+        Bce(),
+        functools.partial(torch.optim.AdamW, lr=1e-9),
+        cosine_warmup if scheduled else None,
+        {"heads": 0.5, "neurons": 0.5},
+        rates=Rates(3.0, 0.05),
+    )
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.groups = [dict(g) for g in trainer.optimizers[0].param_groups]
+
+    def rates(*callbacks: pl.Callback) -> list[float]:
+        watch = Watch()
+        fit(made, SyntheticRows(), trainer(tmp_path / str(len(callbacks)), *callbacks, watch))
+        own = {id(p) for p in net.tilts.values()}
+        assert {id(p) for p in watch.groups[-1]["params"]} == own
+        assert all(p.dim() == 1 or p.shape[-1] > 0 for p in watch.groups[1]["params"])
+        first = watch.groups[0]["lr"] / (watch.groups[0].get("initial_lr") or 1e-9)
+        return [g["lr"] / (first if scheduled else 1.0) for g in watch.groups]
+
+    assert rates() == pytest.approx([1e-9, 3e-9, 0.05])
+    made.predictor.dequantize()
+    net.learn_spread()
+    found = rates(RateFinder(40))
+    assert found == pytest.approx([made.rate, 3 * (made.rate or 0.0), 0.05])
+
+
+def test_checkpoints_from_before_tilts_are_taken() -> None:
+    made = module(shadow(), Bce())
+    held = {"state_dict": {k: v for k, v in made.state_dict().items() if "tilt" not in k}}
+    made.on_load_checkpoint(held)
+    made.load_state_dict(held["state_dict"])
+    for field, bad in (("bias_rate", Rates), ("student.spread_rate", lambda x: Rates(spread=x))):
+        with pytest.raises(ValueError, match=f"{field}=0"):
+            bad(0)
 
 
 def test_quantiles_are_those_of_many_rows_and_every_unit() -> None:

@@ -259,7 +259,7 @@ class Policy:
 
     def _own(self, budget: Budget) -> Budget:
         """The budget with the kinds that the policy does not decide kept whole."""
-        if budget.spread == "calibrated" and "calibrated" not in self.spreads:
+        if budget.spread in ("calibrated", "learned") and budget.spread not in self.spreads:
             self._offer("budget.spread", budget.spread, self.spreads)
         for kind in KINDS:
             asked = getattr(budget, kind)

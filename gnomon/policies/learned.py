@@ -38,6 +38,7 @@ class Learned(Policy):
     """
 
     name = "learned"
+    spreads: ClassVar[tuple[str, ...]] = ("layer", "learned")
     refreshes: ClassVar[tuple[Refresh, ...]] = ("token", "prompt")
     chooses: ClassVar[tuple[Choose, ...]] = ("topk",)
     accepts: type[Predictor] = Predictor
@@ -51,9 +52,14 @@ class Learned(Policy):
         kv: KV = "keep",
         choose: Choose = "topk",
     ) -> None:
-        if budget.spread == "learned" and isinstance(predictor, Predictor):
+        if not isinstance(predictor, self.accepts):
+            raise ValueError(
+                f"policy={self.name} needs a {self.accepts.__name__} predictor, got "
+                f"{type(predictor).__name__}: use policy={type(predictor).__name__.lower()}"
+            )
+        if budget.spread == "learned":
             budget = replace(budget, tilt=predictor.tilt())
-        elif budget.spread == "layer" and isinstance(predictor, Predictor) and predictor.has_tilt:
+        elif budget.spread == "layer" and predictor.has_tilt:
             log.warning(
                 "this %s predictor was trained with student.spread=learned, and "
                 "budget.spread=layer keeps as many units in every layer: budget.spread=learned is "
@@ -66,11 +72,6 @@ class Learned(Policy):
         self._cuts: dict[UnitKind, Tensor] = {}
         if choose == "threshold":
             self._require_single_units()
-        if not isinstance(predictor, self.accepts):
-            raise ValueError(
-                f"policy={self.name} needs a {self.accepts.__name__} predictor, got "
-                f"{type(predictor).__name__}: use policy={type(predictor).__name__.lower()}"
-            )
         self.predictor: Predictor = predictor
 
     def prepare(self, model: nn.Module) -> None:

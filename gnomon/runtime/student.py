@@ -57,20 +57,30 @@ class Softness:
     hardness: float = 1.0
     balanced: bool = False
 
-    def of(self, scores: Tensor, cut: Tensor, share: Tensor | None = None) -> Tensor:
+    def of(
+        self,
+        scores: Tensor,
+        cut: Tensor,
+        share: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """The sigmoid of scores round a threshold, in (0, 1).
 
         Args:
             scores: (…, N).
             cut: (…, 1) of every row, or (1,) of all of them.
             share: that the threshold lets pass, a scalar that gradients may reach.
+            counted: rows (…) that a threshold of all of them was placed on; None: all.
         """
         over = (-1,) if cut.dim() == scores.dim() else tuple(range(scores.dim()))
         with torch.no_grad():
             soft = ((scores - cut) / self.temperature).sigmoid()
-            weights = soft * (1 - soft)
-            slope = weights.mean(over, keepdim=True).clamp_min(1e-12) / self.temperature
-            weights /= weights.sum(over, keepdim=True).clamp_min(1e-12)
+            weights, n = soft * (1 - soft), scores.shape[-1]
+            if len(over) > 1:
+                n = scores.numel() if counted is None else n * int(counted.sum())
+                weights = weights if counted is None else weights * counted[..., None]
+            total = weights.sum(over, keepdim=True).clamp_min(1e-12)
+            slope, weights = total / (n * self.temperature), weights / total
         if self.balanced:
             mean = (weights * scores).sum(over, keepdim=True)
             cut = cut + (mean - mean.detach())
@@ -301,7 +311,8 @@ class Student:
         mask = keep.float()
         if torch.is_grad_enabled() and run.visit is None:
             share = self._shares[kind][layer] if kind in self._shares else None
-            soft, w = run.softness.of(scores, cut, share), run.softness.hardness
+            soft = run.softness.of(scores, cut, share, run.sparse)
+            w = run.softness.hardness
             through = mask + (soft - soft.detach())
             mask = through if w == 1 else w * through + (1 - w) * soft
         grouped = kind == "heads" and self.policy.resolved.head_unit == "group"
