@@ -13,7 +13,8 @@ Tiles are narrow, so that they fill the processors and no sum is split, which wo
 ticket and a second sum (4 to 5 µs of a launch on an H100). Where there are too few tiles for that,
 the last split of a tile adds them up in their order. Either way the result is the same every time.
 
-Up to four sequences share a program: a channel is read once if it passes for any of them.
+Up to four sequences share a program: a channel is read once if it passes for any of them. An
+infinite weight of such a channel makes a NaN of those for which it does not pass, as 0 · ∞.
 """
 
 from __future__ import annotations
@@ -50,15 +51,12 @@ class Shape(NamedTuple):
         unroll: rows that a thread sums in its registers at a step.
         splits: programs that share the channels of a tile.
         warps: of a program.
-        ahead: the first rows are asked for before x is there, and before the launch in front has
-            ended; those that do not pass are read and left out.
     """
 
     block_n: int
     unroll: int
     splits: int
     warps: int
-    ahead: bool = False
 
 
 if triton is not None:
@@ -120,13 +118,6 @@ if triton is not None:
         return rows
 
     @triton.jit
-    def _live(r, end, STRIDE: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
-        found = ()
-        for j in tl.static_range(ROUNDS):
-            found += (r + j * STRIDE < end,)  # type: ignore[assignment]
-        return found
-
-    @triton.jit
     def _numbers(w, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
         """fp32 of loaded weights: of words, those of even and of odd outputs."""
         if PACKED == "bf16":
@@ -139,15 +130,10 @@ if triton is not None:
             return (w.to(tl.float32),)
 
     @triton.jit
-    def _added(  # type: ignore[no-untyped-def]
-        sums, rows, xs, reads, BATCH: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr
-    ):
+    def _added(sums, rows, xs, BATCH: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
         """Sums (LANES, BLOCK_N) of every sequence, with a step's rows more in every lane."""
         for j in tl.static_range(len(rows)):
-            w = rows[j]
-            if AHEAD:
-                w = tl.where(reads[j][:, :, None], w, 0)
-            numbers = _numbers(w, PACKED)
+            numbers = _numbers(rows[j], PACKED)
             found = ()
             for i in tl.static_range(BATCH):
                 x = xs[j * BATCH + i][:, :, None]
@@ -237,7 +223,6 @@ if triton is not None:
         LANES: tl.constexpr,
         BLOCK_N: tl.constexpr,
         CHUNK: tl.constexpr,
-        AHEAD: tl.constexpr,
         PDL: tl.constexpr,
     ):
         """BLOCK_N outputs of up to BATCH sequences over one of SPLITS parts of the channels."""
@@ -255,28 +240,22 @@ if triton is not None:
         in_n = n < WORDS
         lane = tl.arange(0, UNROLL)[None, :] * LANES + tl.arange(0, LANES)[:, None]
         r = begin + lane
-        if AHEAD:
-            read = _live(r, end, STRIDE, ROUNDS)
-            w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
-            if GATED:
-                g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         first = (group * BATCH).to(tl.int64)  # past the last sequence stands the last again
         source = x_ptr, threshold_ptr, scale_ptr, first, B
         x, read = _passing(*source, r, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH)
-        if not AHEAD:
-            w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
-            if GATED:
-                g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
+        w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
+        if GATED:
+            g = _rows(gate_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
         x_next, read_next = _passing(
             *source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH
         )
         ups = _zeros(BATCH * EACH, (LANES, BLOCK))
         gates = _zeros(BATCH * EACH, (LANES, BLOCK))
         for start in range(begin, end, STEP):
-            x_now, read_now, w_now = x, read, w
+            x_now, w_now = x, w
             x, read, r = x_next, read_next, start + STEP + lane
             w = _rows(weight_ptr, r, read, n, in_n, WORDS, BLOCK, STRIDE)
             if GATED:
@@ -285,9 +264,9 @@ if triton is not None:
             x_next, read_next = _passing(
                 *source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH
             )
-            ups = _added(ups, w_now, x_now, read_now, BATCH, PACKED, AHEAD)
+            ups = _added(ups, w_now, x_now, BATCH, PACKED)
             if GATED:
-                gates = _added(gates, g_now, x_now, read_now, BATCH, PACKED, AHEAD)
+                gates = _added(gates, g_now, x_now, BATCH, PACKED)
         epilogue = bias_ptr, gate_bias_ptr, given_ptr, residual_ptr, y_ptr
         if SPLITS == 1:
             for j in tl.static_range(BATCH * EACH):
@@ -378,8 +357,9 @@ def launch_walk(
     if shape.splits > 1:
         sums = (batch, shape.splits, 1 + gated, n)
         partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    packed = PACKED.get(weight_t.dtype, "none") if n % 2 == 0 else "none"
     words = [t if t is None else t.contiguous() for t in (weight_t, gate_t)]
+    even = n % 2 == 0 and all(t is None or t.storage_offset() % 2 == 0 for t in words)
+    packed = PACKED.get(weight_t.dtype, "none") if even else "none"
     if packed != "none":  # a loop that carries words, not halves, need not wait for them to part
         words = [t if t is None else t.view(torch.int32) for t in words]
     tensors = (*words, threshold.float(), bias, gate_bias, scale, given, residual)
@@ -408,7 +388,6 @@ def launch_walk(
         LANES=lanes,
         BLOCK_N=shape.block_n,
         CHUNK=-(-shape.splits // -(-shape.splits // 16)),
-        AHEAD=shape.ahead,
         num_warps=shape.warps,
         **pdl(x.device),
     )

@@ -27,7 +27,7 @@ SHAPES = [
     pytest.param(5, 40, 24, id="beyond-four"),
 ]
 # Blocks, splits and a load before the launch in front has ended, whatever a launch would choose.
-CUT = [Shape(16, 2, 3, 4), Shape(32, 1, 1, 4, True), Shape(16, 4, 2, 4, True), Shape(64, 8, 1, 8)]
+CUT = [Shape(16, 2, 3, 4), Shape(32, 1, 1, 4), Shape(16, 4, 2, 4), Shape(64, 8, 1, 8)]
 
 
 @torch.no_grad()

@@ -146,3 +146,15 @@ def test_long_tiles_that_fill_the_processors_once_are_shared(
     assert shape(11008, 4096)[:3] == (32, 8, 2)  # Llama-2-7B: down
     assert shape(4096, 12288).splits == 1 and shape(4096, 11008, True).splits == 1
     assert shape(8960, 1536).splits == 8  # Qwen2.5-1.5B: too few tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_begin_at_an_odd_place(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(1, 24, device=device)
+    held = torch.randn(24 * 10 + 1, device=device).to(dtype)
+    weight_t = held[1:].view(24, 10)
+    cut = torch.full((1,), 0.3, device=device)
+    found = threshold_gemv_triton(x, weight_t, cut)
+    torch.testing.assert_close(
+        found, threshold_gemv_reference(x, weight_t, cut), rtol=1e-4, atol=1e-4
+    )
