@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
 from gnomon.kernels.threshold_gemv import channels, check_tensors
-from gnomon.kernels.threshold_walk import launch_walk, triton
+from gnomon.kernels.threshold_launch import launch_walk
+from gnomon.kernels.threshold_walk import triton
 
 
 def threshold_ffn_reference(

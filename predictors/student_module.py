@@ -18,7 +18,8 @@ from gnomon.predictors.imitation import Imitation
 from gnomon.predictors.module import Batch, PredictorModule, Rates
 from gnomon.predictors.objectives import Kl, Objective
 from gnomon.runtime.positions import Step
-from gnomon.runtime.student import Softness, Student
+from gnomon.runtime.softness import Softness
+from gnomon.runtime.student import Student
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from gnomon.predictors import Prior as PriorPredictor
 from gnomon.predictors.folder import load_predictor
 from gnomon.predictors.module import PredictorModule
 from gnomon.predictors.objectives import Kl
-from gnomon.runtime.student import Softness, Student
+from gnomon.runtime.softness import Softness
+from gnomon.runtime.student import Student
 from gnomon.tiny import tiny_host
 from scripts import call
 

@@ -16,7 +16,8 @@ from gnomon.policies import build_policy
 from gnomon.predictors import divergence
 from gnomon.predictors.divergence import Divergence, mean_kl
 from gnomon.runtime import student as student_module
-from gnomon.runtime.student import Softness, Student
+from gnomon.runtime.softness import Softness
+from gnomon.runtime.student import Student
 from gnomon.tiny import tiny_host
 
 HALF = Budget(density=0.5)

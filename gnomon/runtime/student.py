@@ -8,15 +8,7 @@ score kept, detached) and temperature t, a unit tensor is multiplied by
 
     w · (m + soft − detach(soft)) + (1 − w) · soft,     soft = sigmoid((s − c) / t)
 
-The hardness w is 1 by default: the forward is that of inference, the gradient that of the sigmoid
-(straight-through). Below 1 the forward is a mixture that training anneals (relaxed top-k). Where it
-is balanced, the gradient of c is that of the threshold that keeps Σ soft as it is, so that scores
-compete for the budget instead of rising together: the units of a position, or of all positions
-where one threshold serves them all.
-
-Under ``spread=learned`` a layer keeps the share p = sigmoid(τ + tilt), whose mean over layers is
-the budget's; one more unit costs the threshold 1 / (mean of soft'), so that the gradient of c is
-also that of -(p - detach(p)) / mean(soft'): tilts rise where the next unit is worth most.
+What w and the gradient of the threshold are: :mod:`gnomon.runtime.softness`.
 """
 
 from __future__ import annotations
@@ -31,7 +23,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gnomon.allocation import level
 from gnomon.budget import Budget, choices
 from gnomon.data.capture import frozen
 from gnomon.hooks import HostHooks
@@ -42,54 +33,12 @@ from gnomon.policies.learned import Choose, Learned
 from gnomon.policies.statistic import PromptStatistic
 from gnomon.predictors.base import Predictor
 from gnomon.runtime.positions import Step, read_step
+from gnomon.runtime.softness import HARD, Softness, shares_of
 
 # kind, layer, scores (B, T' or 1, N), unit tensor (B, T', …) before its mask, sparse (B, T')
 Visit = Callable[[UnitKind, int, Tensor, Tensor, Tensor], None]
 Watch = Callable[[int, Tensor], None]  # layer, its input (B, T, D)
 SAMPLE = 1 << 20  # scores of a layer that a step's threshold is placed on, at most
-
-
-@dataclass(frozen=True)
-class Softness:
-    """How soft the mask is: temperature of its sigmoid, hardness of its forward, and balance."""
-
-    temperature: float = 1.0
-    hardness: float = 1.0
-    balanced: bool = False
-
-    def of(
-        self,
-        scores: Tensor,
-        cut: Tensor,
-        share: Tensor | None = None,
-        counted: Tensor | None = None,
-    ) -> Tensor:
-        """The sigmoid of scores round a threshold, in (0, 1).
-
-        Args:
-            scores: (…, N).
-            cut: (…, 1) of every row, or (1,) of all of them.
-            share: that the threshold lets pass, a scalar that gradients may reach.
-            counted: rows (…) that a threshold of all of them was placed on; None: all.
-        """
-        over = (-1,) if cut.dim() == scores.dim() else tuple(range(scores.dim()))
-        with torch.no_grad():
-            soft = ((scores - cut) / self.temperature).sigmoid()
-            weights, n = soft * (1 - soft), scores.shape[-1]
-            if len(over) > 1:
-                n = scores.numel() if counted is None else n * int(counted.sum())
-                weights = weights if counted is None else weights * counted[..., None]
-            total = weights.sum(over, keepdim=True).clamp_min(1e-12)
-            slope, weights = total / (n * self.temperature), weights / total
-        if self.balanced:
-            mean = (weights * scores).sum(over, keepdim=True)
-            cut = cut + (mean - mean.detach())
-        if share is not None:
-            cut = cut - (share - share.detach()) / slope
-        return ((scores - cut) / self.temperature).sigmoid()
-
-
-HARD = Softness()
 
 
 @dataclass
@@ -230,7 +179,7 @@ class Student:
             kept = sum(policy.counts[kind][layer] for layer in own)
             share = kept / (len(own) * choices(policy.resolved, self.spec, kind))
             self._shares[kind] = torch.zeros_like(tilts[kind]).index_copy(
-                0, torch.tensor(own, device=self.device), _shares(tilts[kind][own], share)
+                0, torch.tensor(own, device=self.device), shares_of(tilts[kind][own], share)
             )
 
     def _watch(self, hooks: HostHooks, watch: Watch | None) -> None:
@@ -328,17 +277,6 @@ class Student:
             stride += 1
         sample = scores.detach().flatten()[::stride]
         return sample.sort().values[min(round((1 - share) * len(sample)), len(sample) - 1)][None]
-
-
-def _shares(tilt: Tensor, share: float) -> Tensor:
-    """sigmoid(τ + tilt) of the decided layers, with the gradient of a mean that stays as it is."""
-    with torch.no_grad():
-        tau = level(tilt.double().cpu().numpy(), share)
-        found = (tilt + tau).sigmoid()
-        weights = found * (1 - found) / (found * (1 - found)).sum().clamp_min(1e-12)
-    mean = (weights * tilt).sum()
-    shares: Tensor = (tilt + tau - (mean - mean.detach())).sigmoid()
-    return shares
 
 
 def _check(predictor: Predictor, budget: Budget, refresh: str, protocol: str) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gathered import poison, weights
-from gnomon.kernels import cpu_threshold, threshold_walk
+from gnomon.kernels import cpu_threshold, threshold_launch
 from gnomon.kernels.gather_common import ACTIVATIONS, activate
 from gnomon.kernels.threshold_ffn import (
     threshold_ffn,
     threshold_ffn_reference,
     threshold_ffn_triton,
 )
-from gnomon.kernels.threshold_walk import Shape
+from gnomon.kernels.threshold_launch import Shape
 from tolerances import TOLERANCE, relative_rms
 
 SHAPES = [
@@ -90,7 +90,7 @@ def test_every_way_to_cut_a_launch(
     expected = activate(product(x, gate, t, None), "relu") * product(x, up, t, up_bias)
     for w in (up, gate):  # what no sequence keeps may be anything, though it may be loaded
         w[~(x.abs() > t).any(0)] = torch.nan
-    monkeypatch.setattr(threshold_walk, "_shape", lambda *_: shape)
+    monkeypatch.setattr(threshold_launch, "_shape", lambda *_: shape)
     poison(batch, 70, device=device)
     poison(batch, shape.splits, 2, 70, device=device)
     found = [threshold_ffn_triton(x, up, gate, t, "relu", up_bias) for _ in range(3)]

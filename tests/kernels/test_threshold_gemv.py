@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gathered import DTYPES, poison, weights
-from gnomon.kernels import cpu_threshold, threshold_walk
+from gnomon.kernels import cpu_threshold, threshold_launch
 from gnomon.kernels.gather_common import activate
 from gnomon.kernels.threshold_gemv import (
     threshold_gemv,
@@ -137,11 +137,11 @@ def test_registered_and_checked(device: torch.device) -> None:
 def test_long_tiles_that_fill_the_processors_once_are_shared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(threshold_walk, "processors", lambda device: 132)
+    monkeypatch.setattr(threshold_launch, "processors", lambda device: 132)
     cpu = torch.device("cpu")
 
-    def shape(width: int, n: int, gated: bool = False) -> threshold_walk.Shape:
-        return threshold_walk._shape(width, n, 1, 1, gated, 2, cpu)
+    def shape(width: int, n: int, gated: bool = False) -> threshold_launch.Shape:
+        return threshold_launch._shape(width, n, 1, 1, gated, 2, cpu)
 
     assert shape(11008, 4096)[:3] == (32, 8, 2)  # Llama-2-7B: down
     assert shape(4096, 12288).splits == 1 and shape(4096, 11008, True).splits == 1
