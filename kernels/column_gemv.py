@@ -3,7 +3,8 @@
     y[b] = residual[b] + bias + Σ_{s, r} x[b, s·block + r] · scale[j] · weight_t[j],
     j = index[s]·block + r
 
-Specification: ``column_gather_reference``; larger batches are in ``column_batch.py``.
+Specification: ``column_gather_reference``; larger batches are in ``column_batch.py``, int8 in
+``column_words.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from gnomon.kernels.column_batch import columns_batch
+from gnomon.kernels.column_words import launch_column_words
 from gnomon.kernels.launch import pdl, power_of_two, processors, tickets
+from gnomon.kernels.packed import packing
 
 try:
     import triton
@@ -164,6 +167,10 @@ def launch_columns(
     y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
+    if packing(weight_t) == "int8":
+        return launch_column_words(
+            x, weight_t, index, block, count, scale, bias, residual, out_dtype, early, wanted
+        )
     together = 1 if own else power_of_two(batch)
     unroll, block_d, splits, warps = _tiles(slots * block, width, batch, together, x.device)
     partial = y

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gnomon.kernels.gather_common import of_units
 from gnomon.kernels.launch import pdl, power_of_two, processors
+from gnomon.kernels.packed import each, packing, words
 from gnomon.kernels.row_batch import rows_batch
 
 try:
@@ -21,6 +22,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _activate, _reads, _rows
+    from gnomon.kernels.packed import _factors, _numbers, _products
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -61,6 +63,8 @@ if triton is not None:
         GATED: tl.constexpr,
         GIVEN: tl.constexpr,
         ACTIVATION: tl.constexpr,
+        KIND: tl.constexpr,
+        EACH: tl.constexpr,
         BATCH: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_W: tl.constexpr,
@@ -76,6 +80,8 @@ if triton is not None:
         step = tl.num_programs(0) * ROWS
         k = tl.arange(0, BLOCK_W)
         in_w = k < W
+        WORDS: tl.constexpr = W // EACH
+        word = tl.arange(0, BLOCK_W // EACH)
         if PDL and not EARLY:
             gdc_wait()
         held = S
@@ -88,11 +94,11 @@ if triton is not None:
         row_next = _rows(r + step, end, index_ptr, own, UNIT, HAS_INDEX)
         read = _reads(r < end, r, wanted_ptr, before, UNIT, HAS_WANTED)
         read_next = _reads(r + step < end, r + step, wanted_ptr, before, UNIT, HAS_WANTED)
-        mask = read[:, None] & in_w[None, :]
-        place = row.to(tl.int64)[:, None] * W + k[None, :]
-        w = tl.load(up_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+        mask = read[:, None] & (word < WORDS)[None, :]
+        place = row.to(tl.int64)[:, None] * WORDS + word[None, :]
+        w = tl.load(up_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         if GATED:
-            g = tl.load(gate_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            g = tl.load(gate_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         if NORM != "none":
             gain = tl.load(norm_weight_ptr + k, mask=in_w, other=0.0).to(tl.float32)
             if HAS_NORM_BIAS:
@@ -101,56 +107,63 @@ if triton is not None:
             if EARLY:
                 gdc_wait()
             gdc_launch_dependents()
-        b = (first + tl.arange(0, BATCH)).to(tl.int64)
-        inside = b < B
-        x_mask = inside[:, None] & in_w[None, :]
-        x = tl.load(x_ptr + b[:, None] * W + k[None, :], mask=x_mask, other=0.0).to(tl.float32)
-        if NORM != "none":
-            mean = tl.zeros((BATCH,), dtype=tl.float32)
+        xs, offsets = (), ()
+        for m in tl.static_range(BATCH):  # past the last sequence stands the last again
+            b = tl.minimum(first + m, B - 1).to(tl.int64)
+            x = tl.load(x_ptr + b * W + k, mask=in_w, other=0.0).to(tl.float32)
             if NORM == "layer":
-                mean = tl.sum(x, axis=1) / W
-                x = tl.where(x_mask, x - mean[:, None], 0.0)
-            rstd = tl.rsqrt(tl.sum(x * x, axis=1) / W + eps)
-            x = x * rstd[:, None] * gain[None, :]
-            if HAS_NORM_BIAS:
-                x += shift[None, :]
+                x = tl.where(in_w, x - tl.sum(x, axis=0) / W, 0.0)
+            if NORM != "none":
+                x = x * tl.rsqrt(tl.sum(x * x, axis=0) / W + eps) * gain
+                if HAS_NORM_BIAS:
+                    x += shift
+            if KIND == "int8":
+                offsets += (128.0 * tl.sum(x, axis=0),)  # type: ignore[assignment]
+            xs += _factors(x, KIND, EACH)
         for start in range(tl.program_id(0) * ROWS, end, step):
-            here, now, live, used = r, row, r < end, read
-            w_now = w
+            here, now, used, w_now = r, row, read, w
             r = start + step + tl.arange(0, ROWS)
             row, read = row_next, read_next
-            mask = read[:, None] & in_w[None, :]
-            place = row.to(tl.int64)[:, None] * W + k[None, :]
-            w = tl.load(up_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            mask = read[:, None] & (word < WORDS)[None, :]
+            place = row.to(tl.int64)[:, None] * WORDS + word[None, :]
+            w = tl.load(up_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
             if GATED:
                 g_now = g
-                g = tl.load(gate_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+                g = tl.load(gate_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
             row_next = _rows(r + step, end, index_ptr, own, UNIT, HAS_INDEX)
             read_next = _reads(r + step < end, r + step, wanted_ptr, before, UNIT, HAS_WANTED)
-            if GIVEN:
-                at = b[:, None] * N + now[None, :]
-                factor = tl.load(given_ptr + at, mask=inside[:, None] & used[None, :], other=0.0)
-            y = tl.sum(w_now.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
-            if HAS_SCALE:
-                y *= tl.load(up_scale_ptr + now, mask=used, other=0.0)[None, :]
-            if HAS_BIAS:
-                y += tl.load(up_bias_ptr + now, mask=used, other=0.0).to(tl.float32)[None, :]
+            numbers = _numbers(w_now, KIND)
             if GATED:
-                z = tl.sum(g_now.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+                gates = _numbers(g_now, KIND)
+            for m in tl.static_range(BATCH):
+                y = _products(numbers, xs, m, EACH)
+                if GATED:  # one sum across threads for both
+                    both = tl.join(y, _products(gates, xs, m, EACH))
+                    y, z = tl.split(tl.sum(both, axis=1))
+                else:
+                    y = tl.sum(y, axis=1)
+                if KIND == "int8":
+                    y = y * 2.0**85 - offsets[m]
                 if HAS_SCALE:
-                    z *= tl.load(gate_scale_ptr + now, mask=used, other=0.0)[None, :]
-                if HAS_GATE_BIAS:
-                    z += tl.load(gate_bias_ptr + now, mask=used, other=0.0).to(tl.float32)[None, :]
-                y *= _activate(z, ACTIVATION)
-            elif GIVEN:
-                y *= factor
-            else:
-                y = _activate(y, ACTIVATION)
-            tl.store(
-                y_ptr + b[:, None] * (S * UNIT) + here[None, :],
-                y.to(y_ptr.dtype.element_ty),
-                mask=inside[:, None] & live[None, :],
-            )
+                    y *= tl.load(up_scale_ptr + now, mask=used, other=0.0)
+                if HAS_BIAS:
+                    y += tl.load(up_bias_ptr + now, mask=used, other=0.0).to(tl.float32)
+                if GATED:
+                    if KIND == "int8":
+                        z = z * 2.0**85 - offsets[m]
+                    if HAS_SCALE:
+                        z *= tl.load(gate_scale_ptr + now, mask=used, other=0.0)
+                    if HAS_GATE_BIAS:
+                        z += tl.load(gate_bias_ptr + now, mask=used, other=0.0).to(tl.float32)
+                    y *= _activate(z, ACTIVATION)
+                elif GIVEN:
+                    b = tl.minimum(first + m, B - 1).to(tl.int64)
+                    y *= tl.load(given_ptr + b * N + now, mask=used, other=0.0)
+                else:
+                    y = _activate(y, ACTIVATION)
+                to = y_ptr + (first + m).to(tl.int64) * (S * UNIT) + here
+                ends = tl.where(first + m < B, end, 0)
+                tl.store(to, y.to(y_ptr.dtype.element_ty), mask=here < ends)
 
 
 def launch_rows(
@@ -190,11 +203,12 @@ def launch_rows(
     if y.numel() == 0:
         return y
     together = 1 if own else power_of_two(batch)
-    rows, programs, warps = _tiles(slots * unit, up, together, x.device)
+    rows, programs, warps = _tiles(slots * unit, up, gate is not None, together, x.device)
+    kind = packing(up) if gate is None else packing(up, gate)
     _row_kernel[(programs, triton.cdiv(batch, together))](
         x,
-        up,
-        up if gate is None else gate,
+        words(up, kind),
+        words(up if gate is None else gate, kind),
         index,
         count,
         *scales,
@@ -223,6 +237,8 @@ def launch_rows(
         GATED=gate is not None,
         GIVEN=given is not None,
         ACTIVATION=activation,
+        KIND=kind,
+        EACH=each(up, kind),
         BATCH=together,
         ROWS=rows,
         BLOCK_W=power_of_two(width),
@@ -233,15 +249,19 @@ def launch_rows(
     return y
 
 
-def _tiles(rows: int, weight: Tensor, batch: int, device: torch.device) -> tuple[int, int, int]:
+def _tiles(
+    rows: int, weight: Tensor, gated: bool, batch: int, device: torch.device
+) -> tuple[int, int, int]:
     """Rows of a block, programs, warps.
 
-    Sixteen warps per processor, four of them on blocks of 8 KB: whole steps of Llama-3-8B were 3 %
-    faster on an H100 than with programs of eight warps on 16 KB. Prefetching later blocks into L2
-    while the launch before drains gained nothing. A block of int8 has as many numbers as one of
-    bf16: twice as many were a tenth to a fifth slower. (benchmarks/results/decode/tried.md)
+    Blocks of 16 KB, half of them gate rows, and sixteen warps per processor, or 24 where rows are
+    short: of what was tried, with this the whole steps of Llama-3-8B, OPT-13B and Qwen2.5-1.5B are
+    fastest on an H100. More programs make single launches faster and steps slower, as they leave
+    no room for the launch that follows (benchmarks/results/decode/tried.md).
     """
     width = power_of_two(weight.shape[1])
-    tile = max(1, min(32, 8192 // (width * max(2, weight.element_size()) * min(batch, 2))))
+    block = 8192 if gated else 16384
+    tile = max(1, min(32, block // (width * weight.element_size() * min(batch, 2))))
     warps = max(4, min(16, power_of_two(width * batch // 1024)))  # at most 64 registers hold x
-    return tile, max(1, min(-(-rows // tile), 16 // warps * processors(device))), warps
+    each = 6 if width <= 2048 else 16 // warps
+    return tile, max(1, min(-(-rows // tile), each * processors(device))), warps

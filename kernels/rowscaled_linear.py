@@ -17,11 +17,14 @@ from torch import Tensor
 
 from gnomon.kernels import cpu_gather
 from gnomon.kernels.launch import pdl, power_of_two, processors
+from gnomon.kernels.packed import each, packing, words
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from gnomon.kernels.packed import _factors, _numbers, _products
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -73,6 +76,8 @@ if triton is not None:
         N,
         K: tl.constexpr,
         HAS_BIAS: tl.constexpr,
+        KIND: tl.constexpr,
+        EACH: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
@@ -86,28 +91,33 @@ if triton is not None:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         n64 = n.to(tl.int64)
         k = tl.arange(0, BLOCK_K)
-        place = n64[:, None] * K + k[None, :]
+        WORDS: tl.constexpr = K // EACH
+        BLOCK: tl.constexpr = BLOCK_K // EACH
+        word = tl.arange(0, BLOCK)
+        place = n64[:, None] * WORDS + word[None, :]
         mask = (n < N)[:, None]
         if K % BLOCK_K != 0:
-            mask = mask & (k < K)[None, :]
+            mask = mask & (word < WORDS)[None, :]
         q = tl.load(q_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        w = q.to(tl.float32)
+        w = _numbers(q, KIND)
         for m in tl.static_range(ROWS):
             row = tl.minimum(first + m, M - 1).to(tl.int64)  # past the last: computed, not stored
-            x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
-            y = tl.sum(w * x.to(tl.float32)[None, :], axis=1)
+            x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+            total = tl.sum(x, axis=0)
+            y = tl.sum(_products(w, _factors(x, KIND, EACH), 0, EACH), axis=1)
             for start in tl.static_range(BLOCK_K, K, BLOCK_K):  # rows of more than a block
-                at = start + k
-                more = tl.load(
-                    q_ptr + place + start,
-                    mask=(n < N)[:, None] & (at < K)[None, :],
-                    other=0,
-                )
-                x = tl.load(x_ptr + row * K + at, mask=at < K, other=0.0)
-                y += tl.sum(more.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+                inside = (n < N)[:, None] & (start // EACH + word < WORDS)[None, :]
+                more = tl.load(q_ptr + place + start // EACH, mask=inside, other=0)
+                x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0)
+                x = x.to(tl.float32)
+                total += tl.sum(x, axis=0)
+                numbers = _numbers(more, KIND)
+                y += tl.sum(_products(numbers, _factors(x, KIND, EACH), 0, EACH), axis=1)
+            if KIND == "int8":
+                y = y * 2.0**85 - 128.0 * total
             y *= scale
             if HAS_BIAS:
                 y += bias
@@ -124,11 +134,13 @@ def rowscaled_linear_triton(
     y = torch.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
     if y.numel():
         together = min(4, power_of_two(rows.shape[0]))
+        q = q.contiguous()
+        kind = packing(q) if n >= 4096 else "none"  # fewer do not pay for the sum of x
         block_n, block_k, warps = _tiles(n, k, together, x.device)
         # Groups of rows are the fastest axis of the grid: they find their weights in the L2 cache.
         _rowscaled_gemv_kernel[(-(-rows.shape[0] // together), -(-n // block_n))](
             rows,
-            q.contiguous(),
+            words(q, kind),
             scale,
             bias,
             y,
@@ -136,6 +148,8 @@ def rowscaled_linear_triton(
             n,
             K=k,
             HAS_BIAS=bias is not None,
+            KIND=kind,
+            EACH=each(q, kind),
             ROWS=together,
             BLOCK_N=block_n,
             BLOCK_K=block_k,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gnomon.kernels import fewbit
 from gnomon.kernels.launch import pdl, power_of_two
+from gnomon.kernels.packed import each, packing, words
 from gnomon.kernels.sketch_gemv import Plane, planes
 
 try:
@@ -22,6 +23,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _activate
+    from gnomon.kernels.packed import _factors, _numbers, _products
     from gnomon.kernels.sketch_gemv import (
         _half_log,
         _load,
@@ -52,31 +54,34 @@ if triton is not None:
 
     @triton.jit
     def _load_rows(  # type: ignore[no-untyped-def]
-        list_ptr, up_ptr, gate_ptr, r, total, k, D: tl.constexpr, GATED: tl.constexpr
+        list_ptr, up_ptr, gate_ptr, r, total, word, WORDS: tl.constexpr, GATED: tl.constexpr
     ):
-        """The neurons at places r of the list, and their rows (ROWS, BLOCK_D) of up and gate."""
+        """The neurons at places r of the list, and their rows (ROWS, BLOCK) of up and gate."""
         live = r < total
         j = tl.load(list_ptr + r, mask=live, other=0)
-        place = j.to(tl.int64)[:, None] * D + k[None, :]
-        mask = live[:, None] & (k < D)[None, :]
-        up = tl.load(up_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+        place = j.to(tl.int64)[:, None] * WORDS + word[None, :]
+        mask = live[:, None] & (word < WORDS)[None, :]
+        up = tl.load(up_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         gate = up
         if GATED:
-            gate = tl.load(gate_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            gate = tl.load(gate_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         return j, up, gate
 
     @triton.jit
-    def _dot(  # type: ignore[no-untyped-def]
-        rows,
-        x,
+    def _of_rows(  # type: ignore[no-untyped-def]
+        y,
+        offset,
         j,
         live,
         scale_ptr,
         bias_ptr,
+        KIND: tl.constexpr,
         HAS_SCALE: tl.constexpr,
         HAS_BIAS: tl.constexpr,
     ):
-        y = tl.sum(rows.to(tl.float32) * x[None, :], axis=1)
+        """Sums of rows j as their projection gives them."""
+        if KIND == "int8":
+            y = y * 2.0**85 - offset
         if HAS_SCALE:
             y *= tl.load(scale_ptr + j, mask=live, other=0.0)
         if HAS_BIAS:
@@ -122,6 +127,8 @@ if triton is not None:
         HAS_UP_BIAS: tl.constexpr,
         HAS_GATE_BIAS: tl.constexpr,
         HAS_SCALE: tl.constexpr,
+        KIND: tl.constexpr,
+        EACH: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_D: tl.constexpr,
         ROWS: tl.constexpr,
@@ -134,7 +141,7 @@ if triton is not None:
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = n < N
         tiles = _load(inner_ptr, n, N, INNER_BYTES, INNER)
-        EACH: tl.constexpr = len(tiles)
+        TILES: tl.constexpr = len(tiles)
         if GATED:
             others = _load(linear_ptr, n, N, LINEAR_BYTES, LINEAR)
             if SHARED:
@@ -144,7 +151,7 @@ if triton is not None:
             gdc_launch_dependents()
         a = _zeros(1 + SHARED, (BLOCK_N,))
         for p in tl.static_range(len(INNER)):
-            a = _plane_sums(a, tiles, x_ptr, b, B, D, INNER, p, EACH)
+            a = _plane_sums(a, tiles, x_ptr, b, B, D, INNER, p, TILES)
         if GATED and not SHARED:
             u = _zeros(1, (BLOCK_N,))
             for p in tl.static_range(len(LINEAR)):
@@ -171,17 +178,30 @@ if triton is not None:
         tl.debug_barrier()  # the list is read by other threads than wrote it
         k = tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + row * D + k, mask=k < D, other=0.0).to(tl.float32)
+        xs = _factors(x, KIND, EACH)
+        offset = 128.0 * all_x
+        WORDS: tl.constexpr = D // EACH
+        word = tl.arange(0, BLOCK_D // EACH)
         r = tl.arange(0, ROWS)
-        j, w, g = _load_rows(list_ptr, up_ptr, gate_ptr, r, held, k, D, GATED)
+        j, w, g = _load_rows(list_ptr, up_ptr, gate_ptr, r, held, word, WORDS, GATED)
         for start in range(0, held, ROWS):
             now, w_now, g_now, live = j, w, g, start + r < held
             ahead = start + ROWS + r
-            j, w, g = _load_rows(list_ptr, up_ptr, gate_ptr, ahead, held, k, D, GATED)
-            y = _dot(w_now, x, now, live, up_scale_ptr, up_bias_ptr, HAS_SCALE, HAS_UP_BIAS)
-            if GATED:
+            j, w, g = _load_rows(list_ptr, up_ptr, gate_ptr, ahead, held, word, WORDS, GATED)
+            tl.debug_barrier()  # keeps the next weights' loads before this sum
+            y = _products(_numbers(w_now, KIND), xs, 0, EACH)
+            if GATED:  # one sum across threads for both
+                z = _products(_numbers(g_now, KIND), xs, 0, EACH)
+                y, z = tl.split(tl.sum(tl.join(y, z), axis=1))
                 own = gate_scale_ptr, gate_bias_ptr
-                z = _dot(g_now, x, now, live, *own, HAS_SCALE, HAS_GATE_BIAS)
-                y *= _activate(z, ACTIVATION)
+                z = _of_rows(z, offset, now, live, *own, KIND, HAS_SCALE, HAS_GATE_BIAS)
+                z = _activate(z, ACTIVATION)
+            else:
+                y = tl.sum(y, axis=1)
+            own = up_scale_ptr, up_bias_ptr
+            y = _of_rows(y, offset, now, live, *own, KIND, HAS_SCALE, HAS_UP_BIAS)
+            if GATED:
+                y *= z
             else:
                 y = _activate(y, ACTIVATION)
             tl.store(h_ptr + row * N + now, y, mask=live)
@@ -211,7 +231,9 @@ def launch_sketched(
     blocks = -(-n // block_n)
     pairs = [(getattr(inner, f), getattr(linear, f)) for f in ("packed", "scale", "bias", "floor")]
     tensors = [t for pair in pairs for t in pair] + [offset, cut]
-    tensors += [up.weight, own.weight, up.bias, own.bias, up.scale, own.scale]
+    kind = packing(up.weight) if gate is None else packing(up.weight, gate.weight)
+    rows_of = [None if w is None else words(w, kind) for w in (up.weight, own.weight)]
+    tensors += [*rows_of, up.bias, own.bias, up.scale, own.scale]
     _sketched_kernel[(blocks, batch)](
         x.contiguous(),
         *(None if t is None else t.contiguous() for t in tensors),
@@ -235,6 +257,8 @@ def launch_sketched(
         HAS_UP_BIAS=up.bias is not None,
         HAS_GATE_BIAS=own.bias is not None,
         HAS_SCALE=up.scale is not None,
+        KIND=kind,
+        EACH=each(up.weight, kind),
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(width),
         ROWS=rows,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gnomon.kernels import threshold_walk
 from gnomon.kernels.launch import TICKETS, pdl, power_of_two, processors, tickets
+from gnomon.kernels.packed import packing, words
 
-PACKED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LONG = 8192  # channels of a tile that two programs share
 
 
@@ -67,12 +67,10 @@ def launch_walk(
     if shape.splits > 1:
         sums = (batch, shape.splits, 1 + gated, n)
         partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    words = [t if t is None else t.contiguous() for t in (weight_t, gate_t)]
-    even = n % 2 == 0 and all(t is None or t.storage_offset() % 2 == 0 for t in words)
-    packed = PACKED.get(weight_t.dtype, "none") if even else "none"
-    if packed != "none":  # a loop that carries words, not halves, need not wait for them to part
-        words = [t if t is None else t.view(torch.int32) for t in words]
-    tensors = (*words, threshold.float(), bias, gate_bias, scale, given, residual)
+    matrices = [t.contiguous() for t in (weight_t, gate_t) if t is not None]
+    kind = packing(*matrices) if size > 1 else "none"
+    up, gate = (words(t, kind) for t in (matrices[0], matrices[-1]))
+    tensors = (up, gate, threshold.float(), bias, gate_bias, scale, given, residual)
     threshold_walk._walk_kernel[(tiles, shape.splits, groups)](
         x.contiguous(),
         *(None if t is None else t.contiguous() for t in tensors),
@@ -82,7 +80,7 @@ def launch_walk(
         batch,
         width,
         N=n,
-        PACKED=packed,
+        KIND=kind,
         GATED=gated,
         PER_CHANNEL=threshold.shape[0] > 1 or width == 1,
         HAS_BIAS=bias is not None,

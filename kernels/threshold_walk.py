@@ -21,6 +21,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _activate
+    from gnomon.kernels.packed import _numbers
     from gnomon.kernels.sketch_gemv import _zeros
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
@@ -85,22 +86,10 @@ if triton is not None:
         return rows
 
     @triton.jit
-    def _numbers(w, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """fp32 of loaded weights: of words, those of even and of odd outputs."""
-        if PACKED == "bf16":
-            even = (w << 16).to(tl.float32, bitcast=True)
-            return even, (w & -65536).to(tl.float32, bitcast=True)
-        elif PACKED == "fp16":
-            even = w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            return even, (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        else:
-            return (w.to(tl.float32),)
-
-    @triton.jit
-    def _added(sums, rows, xs, BATCH: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _added(sums, rows, xs, BATCH: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         """Sums (LANES, BLOCK_N) of every sequence, with a step's rows more in every lane."""
         for j in tl.static_range(len(rows)):
-            numbers = _numbers(rows[j], PACKED)
+            numbers = _numbers(rows[j], KIND)
             found = ()
             for i in tl.static_range(BATCH):
                 x = xs[j * BATCH + i][:, :, None]
@@ -174,7 +163,7 @@ if triton is not None:
         B,
         W,
         N: tl.constexpr,
-        PACKED: tl.constexpr,
+        KIND: tl.constexpr,
         GATED: tl.constexpr,
         PER_CHANNEL: tl.constexpr,
         HAS_BIAS: tl.constexpr,
@@ -196,7 +185,7 @@ if triton is not None:
         STRIDE: tl.constexpr = UNROLL * LANES
         STEP: tl.constexpr = ROUNDS * STRIDE
         PLANES: tl.constexpr = 1 + GATED
-        EACH: tl.constexpr = 1 if PACKED == "none" else 2  # outputs of what is loaded at once
+        EACH: tl.constexpr = 1 if KIND == "none" else 2  # outputs of what is loaded at once
         WORDS: tl.constexpr = N // EACH
         BLOCK: tl.constexpr = BLOCK_N // EACH
         tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -231,9 +220,9 @@ if triton is not None:
             x_next, read_next = _passing(
                 *source, r + STEP, end, W, STRIDE, ROUNDS, PER_CHANNEL, HAS_SCALE, BATCH
             )
-            ups = _added(ups, w_now, x_now, BATCH, PACKED)
+            ups = _added(ups, w_now, x_now, BATCH, KIND)
             if GATED:
-                gates = _added(gates, g_now, x_now, BATCH, PACKED)
+                gates = _added(gates, g_now, x_now, BATCH, KIND)
         epilogue = bias_ptr, gate_bias_ptr, given_ptr, residual_ptr, y_ptr
         if SPLITS == 1:
             for j in tl.static_range(BATCH * EACH):

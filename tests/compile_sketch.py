@@ -1,7 +1,7 @@
-"""Compiles launches that read few-bit copies for a Hopper GPU, which takes none: run as a program.
+"""Compiles launches that read packed weights for a Hopper GPU, which takes none: run as a program.
 
 The interpreter accepts what the compiler does not. Prints, for each launch, how many FMAs keep
-denormals and how many (those of logarithms and activations) flush them.
+denormals, how many (those of logarithms and activations) flush them, and conversions of integers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gnomon.kernels import sketch_gemv, sketched_gemv
+from gnomon.kernels import column_words, int4_gemv, row_gemv, sketch_gemv, sketched_gemv
 from gnomon.kernels.sketch_scores import sketch_scores_triton
 from gnomon.kernels.sketched_ffn import sketched_ffn_triton
 from sketches import arguments
 
 TYPES = {
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
     torch.int32: "*i32",
@@ -59,7 +60,31 @@ class Launches:
         options = {"num_warps": num_warps, "launch_pdl": True}
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         plain, flushing = (len(re.findall(rf"fma\.rn\.{kind}", ptx)) for kind in ("f32", "ftz.f32"))
-        sys.stdout.write(f"{plain} {flushing}\n")
+        conversions = len(re.findall(r"cvt\.rn\.f32\.[su]\d", ptx))
+        sys.stdout.write(f"{self.kernel.__name__} {plain} {flushing} {conversions}\n")
+
+
+def packed() -> None:
+    """Launches with int8 and int4 weights."""
+    for module, name in (
+        (row_gemv, "_row_kernel"),
+        (column_words, "_column_words_kernel"),
+        (int4_gemv, "_up_kernel"),
+        (int4_gemv, "_down_kernel"),
+    ):
+        setattr(module, name, Launches(getattr(module, name)))
+    none: tuple[None, None] = (None, None)
+    x, h = torch.empty(2, 96), torch.empty(1, 200)
+    weight, scale = torch.empty(200, 96, dtype=torch.int8), torch.empty(200)
+    plain = (None, None, "none", 0.0, "silu", torch.float32, False)
+    row_gemv.launch_rows(x, weight, weight, None, 1, None, (scale, scale), none, *plain)
+    column_words.launch_column_words(
+        h, weight, None, 1, None, scale, None, None, torch.float32, False
+    )
+    codes = torch.empty(200, 48, dtype=torch.uint8)
+    scales = torch.empty(200, 3, dtype=torch.float16)
+    int4_gemv.launch_up(x, codes, scales, codes, scales, "silu", None, None)
+    int4_gemv.launch_down(h, codes, scales, 96, None, None)
 
 
 if __name__ == "__main__":
@@ -71,3 +96,4 @@ if __name__ == "__main__":
         weight = torch.empty(40, d, dtype=torch.bfloat16)
         gate = weight if bits[1] else None
         sketched_ffn_triton(cut=torch.zeros(1), up=weight, gate=gate, **x)
+    packed()

@@ -196,9 +196,13 @@ def test_compiles_for_hopper_without_flushing_denormals(tmp_path: Path) -> None:
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", str(tests / "compile_sketch.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(counts) == 4, done.stderr  # sketch_scores and sketched_ffn in turn
-    assert all(plain > 3 * flushing for plain, flushing in counts), counts
+    rows = [line.split() for line in done.stdout.splitlines()]
+    counts = [(name, *map(int, rest)) for name, *rest in rows]
+    names = [name for name, *_ in counts]
+    packed = ["_row_kernel", "_column_words_kernel", "_up_kernel", "_down_kernel"]
+    assert names == ["_sketch_kernel", "_sketched_kernel"] * 2 + packed, done.stderr
+    assert all(plain > 3 * flushing for _, plain, flushing, _ in counts), counts
+    assert not any(conversions for *_, conversions in counts[4:]), counts
 
 
 @pytest.mark.gpu

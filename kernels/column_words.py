@@ -1,0 +1,289 @@
+"""Column-gathered projection of int8 weights as a Triton launch: GEMV up to four sequences.
+
+The sums of ``column_gemv.py``, with weights read as words of four (:mod:`gnomon.kernels.packed`).
+Tiles are half as wide as there, so that fewer splits have to be added.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gnomon.kernels.launch import pdl, power_of_two, processors, tickets
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from gnomon.kernels.gather_common import _reads, _rows
+    from gnomon.kernels.packed import _numbers, _power, _woven
+    from gnomon.kernels.sketch_gemv import _zeros
+except ImportError:  # Triton ships for Linux only; the reference needs nothing
+    triton = None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_rows(weight_ptr, row, live, n, in_n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        mask = live[:, :, None]
+        if N % BLOCK != 0:
+            mask = mask & in_n[None, None, :]
+        place = row.to(tl.int64)[:, :, None] * N + n[None, None, :]
+        return tl.load(weight_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
+
+    @triton.jit
+    def _chosen(  # type: ignore[no-untyped-def]
+        r,
+        end,
+        index_ptr,
+        own,
+        wanted_ptr,
+        before,
+        UNIT: tl.constexpr,
+        HAS_INDEX: tl.constexpr,
+        HAS_WANTED: tl.constexpr,
+    ):
+        """Weight rows of compact rows r, and which of them are read."""
+        row = _rows(r, end, index_ptr, own, UNIT, HAS_INDEX)
+        return row, _reads(r < end, r, wanted_ptr, before, UNIT, HAS_WANTED)
+
+    @triton.jit
+    def _added(  # type: ignore[no-untyped-def]
+        sums,
+        all_x,
+        w,
+        r,
+        row,
+        read,
+        x_ptr,
+        scale_ptr,
+        first,
+        B,
+        width,
+        HAS_SCALE: tl.constexpr,
+        BATCH: tl.constexpr,
+    ):
+        """The sums of every sequence with rows (ROWS, UNROLL) more, and those of x."""
+        factor = 1.0
+        if HAS_SCALE:
+            factor = tl.load(scale_ptr + row, mask=read, other=0.0)
+        numbers = _numbers(w, "int8")
+        found, totals = (), ()
+        for m in tl.static_range(BATCH):  # past the last sequence stands the last again
+            x_row = x_ptr + tl.minimum(first + m, B - 1).to(tl.int64) * width
+            x = tl.load(x_row + r, mask=read, other=0.0).to(tl.float32) * factor
+            totals += (all_x[m] + x,)  # type: ignore[assignment]
+            x *= 2.0**64
+            for i in tl.static_range(4):
+                found += (sums[m * 4 + i] + tl.sum(numbers[i] * x[:, :, None], axis=1),)  # type: ignore[assignment]
+        return found, totals
+
+    @triton.jit
+    def _joined(source, mask, stride, SPLITS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The sum of the splits, in their order; CHUNK independent loads at a time."""
+        y = tl.zeros(source.shape, dtype=tl.float32)
+        for start in range(0, SPLITS, CHUNK):
+            for i in tl.static_range(CHUNK):
+                s = start + i + tl.zeros(source.shape, dtype=tl.int32)
+                held = mask & (s < SPLITS)
+                y += tl.load(source + s * stride, mask=held, other=0.0, cache_modifier=".cg")
+        return y
+
+    @triton.jit
+    def _finish(  # type: ignore[no-untyped-def]
+        y,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        b,
+        B,
+        d,
+        D: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+    ):
+        """Sums y of the outputs d are stored."""
+        mask = d < tl.where(b < B, D, 0)
+        place = b.to(tl.int64) * D + d
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _column_words_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        weight_ptr,
+        index_ptr,
+        count_ptr,
+        scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        partial_ptr,
+        ticket_ptr,
+        wanted_ptr,
+        B,
+        S,
+        before,
+        D: tl.constexpr,
+        UNIT: tl.constexpr,
+        HAS_INDEX: tl.constexpr,
+        INDEX_STRIDE: tl.constexpr,
+        HAS_COUNT: tl.constexpr,
+        HAS_WANTED: tl.constexpr,
+        HAS_SCALE: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        BATCH: tl.constexpr,
+        SPLITS: tl.constexpr,
+        UNROLL: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        CHUNK: tl.constexpr,
+        PDL: tl.constexpr,
+        EARLY: tl.constexpr,
+    ):
+        """One tile of BLOCK_D outputs over one of SPLITS parts of the list; the last part sums.
+
+        The next UNROLL x ROWS rows of weights are under way while as many are summed; a thread sums
+        over UNROLL in its registers.
+        """
+        WORDS: tl.constexpr = D // 4
+        BLOCK: tl.constexpr = BLOCK_D // 4
+        tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        first = group * BATCH
+        if PDL and not EARLY:
+            gdc_wait()
+        held = S
+        if HAS_COUNT:
+            held = tl.load(count_ptr + first * (INDEX_STRIDE > 0))
+        rows = held * UNIT
+        part = tl.cdiv(tl.cdiv(rows, SPLITS), UNROLL * ROWS) * (UNROLL * ROWS)
+        begin = split * part
+        end = tl.minimum(begin + part, rows)
+        n = tile * BLOCK + tl.arange(0, BLOCK)
+        in_n = n < WORDS
+        lane = tl.arange(0, ROWS)[:, None] + tl.arange(0, UNROLL)[None, :] * ROWS
+        own = first * INDEX_STRIDE
+        lists = index_ptr, own, wanted_ptr, before
+        r = begin + lane
+        row, read = _chosen(r, end, *lists, UNIT, HAS_INDEX, HAS_WANTED)
+        w = _load_rows(weight_ptr, row, read, n, in_n, WORDS, BLOCK)
+        if PDL:  # this program's first weights are under way while the launch before drains
+            if EARLY:
+                gdc_wait()
+            gdc_launch_dependents()
+        sums = _zeros(BATCH * 4, (ROWS, BLOCK))
+        all_x = _zeros(BATCH, (ROWS, UNROLL))
+        source = x_ptr, scale_ptr, first, B, S * UNIT
+        for start in range(begin, end, UNROLL * ROWS):
+            r_now, row_now, now, w_now = r, row, read, w
+            r = start + UNROLL * ROWS + lane
+            row, read = _chosen(r, end, *lists, UNIT, HAS_INDEX, HAS_WANTED)
+            w = _load_rows(weight_ptr, row, read, n, in_n, WORDS, BLOCK)
+            sums, all_x = _added(sums, all_x, w_now, r_now, row_now, now, *source, HAS_SCALE, BATCH)
+        d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        ys = ()
+        for m in tl.static_range(BATCH):
+            parts = ()
+            for i in tl.static_range(4):
+                parts += (sums[m * 4 + i] * (2.0**85 * _power(i, 8)),)  # type: ignore[assignment]
+            total = tl.sum(tl.sum(all_x[m], axis=1), axis=0)
+            ys += (tl.sum(_woven(parts), axis=0) - 128.0 * total,)  # type: ignore[assignment]
+        epilogue = bias_ptr, residual_ptr, y_ptr
+        if SPLITS == 1:
+            for m in tl.static_range(BATCH):
+                _finish(ys[m], *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
+        else:
+            for m in tl.static_range(BATCH):
+                to = partial_ptr + ((first + m).to(tl.int64) * SPLITS + split) * D + d
+                tl.store(to, ys[m], mask=d < D)
+            tl.debug_barrier()
+            ticket = ticket_ptr + group * tl.num_programs(0) + tile
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
+                tl.store(ticket, 0)
+                for m in tl.static_range(BATCH):
+                    at = partial_ptr + (first + m).to(tl.int64) * (SPLITS * D) + d
+                    whole = _joined(at, d < D, D, SPLITS, CHUNK)
+                    _finish(whole, *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
+
+
+def launch_column_words(
+    x: Tensor,
+    weight_t: Tensor,
+    index: Tensor | None,
+    block: int,
+    count: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    early: bool,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """The sum over chosen rows of int8: y (B, D). Up to four sequences, or lists of their own."""
+    batch, width = x.shape[0], weight_t.shape[1]
+    slots = weight_t.shape[0] // block if index is None else index.shape[-1]
+    own = index is not None and index.dim() == 2 and index.shape[0] > 1
+    y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
+    together = 1 if own else power_of_two(batch)
+    groups = -(-batch // together)
+    unroll, lanes, block_d, splits, warps = _tiles(slots * block, width, groups, together, x.device)
+    partial = y
+    if splits > 1:
+        room = (groups * together, splits, width)
+        partial = torch.empty(room, dtype=torch.float32, device=x.device)
+    _column_words_kernel[(-(-width // block_d), splits, groups)](
+        x.contiguous(),
+        weight_t.view(torch.int32),
+        index,
+        count,
+        scale,
+        bias,
+        None if residual is None else residual.contiguous(),
+        y,
+        partial,
+        tickets(x.device),
+        wanted,
+        batch,
+        slots,
+        0 if wanted is None else slots - wanted.numel(),
+        D=width,
+        UNIT=block,
+        HAS_INDEX=index is not None,
+        INDEX_STRIDE=slots if own else 0,
+        HAS_COUNT=count is not None,
+        HAS_WANTED=wanted is not None,
+        HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        BATCH=together,
+        SPLITS=splits,
+        UNROLL=unroll,
+        ROWS=lanes,
+        BLOCK_D=block_d,
+        CHUNK=-(-splits // -(-splits // 16)),
+        EARLY=early or (index is None and wanted is None),
+        num_warps=warps,
+        **pdl(x.device),
+    )
+    return y
+
+
+def _tiles(
+    rows: int, width: int, groups: int, together: int, device: torch.device
+) -> tuple[int, int, int, int, int]:
+    """Rows that a thread sums, lanes that sum others, columns of a tile, splits, warps.
+
+    Sixteen rows of 128 bytes in flight per lane group: half as wide tiles as for bf16 leave half as
+    many splits to add, which short sums are made of (benchmarks/results/decode/tried.md).
+    """
+    block_d = min(128 if width > 3000 else 64, power_of_two(width))
+    lanes, unroll = 2048 // block_d, max(1, 8 // together)
+    tiles = -(-width // block_d) * groups
+    splits = max(1, min(64, 4 * processors(device) // tiles, -(-rows // (lanes * unroll))))
+    return unroll, lanes, block_d, splits, 4
