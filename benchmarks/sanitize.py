@@ -2,10 +2,12 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize.py int4 rest
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -73,7 +75,13 @@ def gathers(batch: int) -> None:
         ),
     )
     h = randn(batch, 77, dtype=torch.float32)
-    for weights, scale in ((w, None), quantize_rows(w.float())):
+    q, steps = quantize_rows(w.float())
+    check(
+        f"row_gather batch {batch} int8",
+        lambda: row_gather_triton(x, q, index, 1, count, steps)[:, :held],
+        lambda: row_gather_reference(x, q, index, 1, count, steps)[:, :held],
+    )
+    for weights, scale in ((w, None), (q, steps)):
         check(
             f"column_gather batch {batch} {str(weights.dtype)[6:]}",
             lambda w=weights, s=scale: column_gather_triton(h, w, index, 1, count, s),
@@ -188,7 +196,7 @@ def rest() -> None:
         lambda: norm_add_triton(x, gain, None, "rms", 1e-6),
         lambda: norm_add_reference(x, gain, None, "rms", 1e-6),
     )
-    q, scale = quantize_rows(randn(300, 200, dtype=torch.float32))
+    q, scale = quantize_rows(randn(4100, 200, dtype=torch.float32))
     check(
         "rowscaled_linear",
         lambda: rowscaled_linear(x, q, scale),
@@ -208,25 +216,35 @@ def rest() -> None:
     )
 
 
-def main() -> None:
-    """Runs all of them."""
+def main(parts: list[str]) -> None:
+    """Runs the parts that are named, or all of them."""
     torch.manual_seed(0)
-    for batch in (1, 3, 8):
-        gathers(batch)
-        wanted(batch)
-    for group in (1, 4):
-        for capacity in (45, 5000):
-            attention(group, capacity, torch.bfloat16)
-    attention(2, 300, torch.float32)
-    selections()
-    for rows in (1, 3, 5):
-        for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0))):
-            sketches(rows, width, bits)
-    for rows, width in ((1, 200), (3, 1536), (5, 72)):
-        int4(rows, width)
-    rest()
+    wants = {"gathers", "attention", "selections", "sketches", "int4", "rest"}
+    if unknown := set(parts) - wants:
+        raise SystemExit(f"{', '.join(sorted(unknown))}: use {', '.join(sorted(wants))}")
+    wants = set(parts) or wants
+    if "gathers" in wants:
+        for batch in (1, 3, 8):
+            gathers(batch)
+            wanted(batch)
+    if "attention" in wants:
+        for group in (1, 4):
+            for capacity in (45, 5000):
+                attention(group, capacity, torch.bfloat16)
+        attention(2, 300, torch.float32)
+    if "selections" in wants:
+        selections()
+    if "sketches" in wants:
+        for rows in (1, 3, 5):
+            for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0))):
+                sketches(rows, width, bits)
+    if "int4" in wants:
+        for rows, width in ((1, 200), (3, 1536), (5, 72)):
+            int4(rows, width)
+    if "rest" in wants:
+        rest()
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
