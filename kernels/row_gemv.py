@@ -254,18 +254,14 @@ def _tiles(
 ) -> tuple[int, int, int]:
     """Rows of a block, programs, warps.
 
-    Blocks of 16 KB a matrix; sixteen warps per processor, twelve where gate rows double the block,
-    24 on one matrix of short rows: of what was tried, with these the whole steps of Llama-3-8B,
-    OPT-13B and Qwen2.5-1.5B are fastest on an H100. More programs make single launches faster and
-    steps slower: they leave no room for the launch that follows
-    (benchmarks/results/decode/tried.md).
+    Blocks of 16 KB, half of them gate rows, and sixteen warps per processor, or 24 where rows are
+    short: of what was tried, with this the whole steps of Llama-3-8B, OPT-13B and Qwen2.5-1.5B are
+    fastest on an H100. More programs make single launches faster and steps slower, as they leave
+    no room for the launch that follows (benchmarks/results/decode/tried.md).
     """
     width = power_of_two(weight.shape[1])
-    tile = max(1, min(32, 16384 // (width * weight.element_size() * min(batch, 2))))
+    block = 8192 if gated else 16384
+    tile = max(1, min(32, block // (width * weight.element_size() * min(batch, 2))))
     warps = max(4, min(16, power_of_two(width * batch // 1024)))  # at most 64 registers hold x
-    each = 16 // warps
-    if gated and tile > 1 and width > 2048:
-        each = 12 // warps
-    elif not gated and width <= 2048:
-        each = 24 // warps
-    return tile, max(1, min(-(-rows // tile), max(1, each) * processors(device))), warps
+    each = 6 if width <= 2048 else 16 // warps
+    return tile, max(1, min(-(-rows // tile), each * processors(device))), warps
