@@ -325,9 +325,12 @@ def _as_words(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _up_tiles(n: int, block: int, device: torch.device) -> tuple[int, int, int]:
-    """Rows of a block of ``block`` groups, warps, programs: 8 KB of codes and sixteen warps."""
-    warps = max(4, min(16, block // 32))  # at most 64 registers hold x
+    """Rows of a block of ``block`` groups, warps, programs: 8 KB of codes and sixteen warps.
+
+    Short rows have no more warps than read different weights.
+    """
     rows = max(1, min(4, 512 // block))
+    warps = min(max(4, min(16, block // 32)), max(1, rows * block // 32))  # x: 64 registers at most
     return rows, warps, max(1, min(-(-n // rows), 16 // warps * processors(device)))
 
 
