@@ -166,21 +166,21 @@ def sketches(rows: int, width: int, bits: tuple[int, int]) -> None:
     )
 
 
-def int4(rows: int, width: int) -> None:
+def int4(rows: int, width: int, neurons: int = 301) -> None:
     """Both halves of an FFN of int4 rows."""
 
     def stored(n: int) -> tuple[Tensor, Tensor]:
         found = compress(torch.randn(n, width) / width**0.5, "int4").tensors
         return found["codes"].to(DEVICE), found["scale"].to(DEVICE)
 
-    x, h = randn(rows, width, dtype=torch.float32), randn(rows, 301, dtype=torch.float32)
-    pair = (*stored(301), *stored(301))
+    x, h = randn(rows, width, dtype=torch.float32), randn(rows, neurons, dtype=torch.float32)
+    pair = (*stored(neurons), *stored(neurons))
     check(
         f"int4_ffn_up {rows} {width}",
         lambda: int4_ffn_up_triton(x, *pair, activation="silu"),
         lambda: int4_ffn_up_reference(x, *pair, activation="silu"),
     )
-    down = stored(301)
+    down = stored(neurons)
     check(
         f"int4_ffn_down {rows} {width}",
         lambda: int4_ffn_down_triton(h, *down, width),
@@ -196,12 +196,13 @@ def rest() -> None:
         lambda: norm_add_triton(x, gain, None, "rms", 1e-6),
         lambda: norm_add_reference(x, gain, None, "rms", 1e-6),
     )
-    q, scale = quantize_rows(randn(4100, 200, dtype=torch.float32))
-    check(
-        "rowscaled_linear",
-        lambda: rowscaled_linear(x, q, scale),
-        lambda: rowscaled_linear_reference(x, q, scale),
-    )
+    for outputs in (300, 4100):
+        q, scale = quantize_rows(randn(outputs, 200, dtype=torch.float32))
+        check(
+            f"rowscaled_linear {outputs}",
+            lambda q=q, s=scale: rowscaled_linear(x, q, s),
+            lambda q=q, s=scale: rowscaled_linear_reference(x, q, s),
+        )
     w, cut = randn(200, 300), torch.full((200,), 0.4, device=DEVICE)
     check(
         "threshold_gemv",
@@ -216,33 +217,49 @@ def rest() -> None:
     )
 
 
+def long() -> None:
+    """Walks of several steps and sums of several splits, which small shapes have none of."""
+    x, w = randn(1, 64, dtype=torch.float32), randn(60000, 64)
+    q, scale = quantize_rows(w.float())
+    for weights, steps in ((w, None), (q, scale)):
+        kind = str(weights.dtype)[6:]
+        check(
+            f"rows of several steps {kind}",
+            lambda w=weights, s=steps: row_gather_triton(x, w, scale=s),
+            lambda w=weights, s=steps: row_gather_reference(x, w, scale=s),
+        )
+        h = randn(1, 60000, dtype=torch.float32)
+        check(
+            f"columns of several steps {kind}",
+            lambda w=weights, s=steps, h=h: column_gather_triton(h, w, scale=s),
+            lambda w=weights, s=steps, h=h: column_gather_reference(h, w, scale=s),
+        )
+    int4(1, 200, 9000)
+
+
 def main(parts: list[str]) -> None:
     """Runs the parts that are named, or all of them."""
     torch.manual_seed(0)
-    wants = {"gathers", "attention", "selections", "sketches", "int4", "rest"}
-    if unknown := set(parts) - wants:
-        raise SystemExit(f"{', '.join(sorted(unknown))}: use {', '.join(sorted(wants))}")
-    wants = set(parts) or wants
-    if "gathers" in wants:
-        for batch in (1, 3, 8):
-            gathers(batch)
-            wanted(batch)
-    if "attention" in wants:
-        for group in (1, 4):
-            for capacity in (45, 5000):
-                attention(group, capacity, torch.bfloat16)
-        attention(2, 300, torch.float32)
-    if "selections" in wants:
-        selections()
-    if "sketches" in wants:
-        for rows in (1, 3, 5):
-            for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0))):
-                sketches(rows, width, bits)
-    if "int4" in wants:
-        for rows, width in ((1, 200), (3, 1536), (5, 72)):
-            int4(rows, width)
-    if "rest" in wants:
-        rest()
+    every: dict[str, Callable[[], object]] = {
+        "gathers": lambda: [part(batch) for batch in (1, 3, 8) for part in (gathers, wanted)],
+        "attention": lambda: (
+            [attention(g, c, torch.bfloat16) for g in (1, 4) for c in (45, 5000)]
+            + [attention(2, 300, torch.float32)]
+        ),
+        "selections": selections,
+        "sketches": lambda: [
+            sketches(rows, width, bits)
+            for rows in (1, 3, 5)
+            for width, bits in ((201, (2, 2)), (576, (3, 1)), (4096, (4, 0)))
+        ],
+        "int4": lambda: [int4(*shape) for shape in ((1, 200), (3, 1536), (5, 72))],
+        "rest": rest,
+        "long": long,
+    }
+    if unknown := set(parts) - set(every):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: use {', '.join(every)}")
+    for name in parts or every:
+        every[name]()
     torch.cuda.synchronize()
 
 

@@ -3,8 +3,8 @@
     y[b] = residual[b] + bias + Σ_{s, r} x[b, s·block + r] · scale[j] · weight_t[j],
     j = index[s]·block + r
 
-Specification: ``column_gather_reference``; larger batches are in ``column_batch.py``, int8 in
-``column_words.py``.
+Specification: ``column_gather_reference``; larger batches are in ``column_batch.py``, int8 that
+can be read as words in ``column_words.py``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,12 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _reads, _rows
+    from gnomon.kernels.gather_common import _load_rows, _reads, _rows
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
 
 if triton is not None:
-
-    @triton.jit
-    def _load_rows(weight_ptr, row, live, d, in_d, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-        mask = live[:, :, None]
-        if D % BLOCK_D != 0:
-            mask = mask & in_d[None, None, :]
-        place = row.to(tl.int64)[:, :, None] * D + d[None, None, :]
-        return tl.load(weight_ptr + place, mask=mask, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
     def _column_kernel(  # type: ignore[no-untyped-def]
@@ -164,13 +156,13 @@ def launch_columns(
         return columns_batch(
             x, weight_t, index, block, count, scale, bias, residual, out_dtype, wanted
         )
-    y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
-        return y
     if packing(weight_t) == "int8":
         return launch_column_words(
             x, weight_t, index, block, count, scale, bias, residual, out_dtype, early, wanted
         )
+    y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return y
     together = 1 if own else power_of_two(batch)
     unroll, block_d, splits, warps = _tiles(slots * block, width, batch, together, x.device)
     partial = y

@@ -1,7 +1,11 @@
 """Column-gathered projection of int8 weights as a Triton launch: GEMV up to four sequences.
 
-The sums of ``column_gemv.py``, with weights read as words of four (:mod:`gnomon.kernels.packed`).
-Tiles are half as wide as there, so that fewer splits have to be added.
+    y[b] = residual[b] + bias + Σ_{s, r} x[b, s·block + r] · scale[j] · weight_t[j],
+    j = index[s]·block + r
+
+x (B, S·block); weight_t (N, D) int8, read as words of four (:mod:`gnomon.kernels.packed`), D a
+multiple of four; y (B, D). Specification: ``column_gather_reference``. Tiles are narrower than in
+``column_gemv.py``, so that fewer splits have to be added.
 """
 
 from __future__ import annotations
@@ -16,22 +20,17 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from gnomon.kernels.gather_common import _reads, _rows
+    from gnomon.kernels.gather_common import _load_rows, _reads, _rows
     from gnomon.kernels.packed import _numbers, _power, _woven
     from gnomon.kernels.sketch_gemv import _zeros
+    from gnomon.kernels.split_sums import _joined, _stored
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
 
-if triton is not None:
+WARPS = 4  # of a program
 
-    @triton.jit
-    def _load_rows(weight_ptr, row, live, n, in_n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        mask = live[:, :, None]
-        if N % BLOCK != 0:
-            mask = mask & in_n[None, None, :]
-        place = row.to(tl.int64)[:, :, None] * N + n[None, None, :]
-        return tl.load(weight_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
+if triton is not None:
 
     @triton.jit
     def _chosen(  # type: ignore[no-untyped-def]
@@ -79,39 +78,6 @@ if triton is not None:
             for i in tl.static_range(4):
                 found += (sums[m * 4 + i] + tl.sum(numbers[i] * x[:, :, None], axis=1),)  # type: ignore[assignment]
         return found, totals
-
-    @triton.jit
-    def _joined(source, mask, stride, SPLITS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The sum of the splits, in their order; CHUNK independent loads at a time."""
-        y = tl.zeros(source.shape, dtype=tl.float32)
-        for start in range(0, SPLITS, CHUNK):
-            for i in tl.static_range(CHUNK):
-                s = start + i + tl.zeros(source.shape, dtype=tl.int32)
-                held = mask & (s < SPLITS)
-                y += tl.load(source + s * stride, mask=held, other=0.0, cache_modifier=".cg")
-        return y
-
-    @triton.jit
-    def _finish(  # type: ignore[no-untyped-def]
-        y,
-        bias_ptr,
-        residual_ptr,
-        y_ptr,
-        b,
-        B,
-        d,
-        D: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
-    ):
-        """Sums y of the outputs d are stored."""
-        mask = d < tl.where(b < B, D, 0)
-        place = b.to(tl.int64) * D + d
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _column_words_kernel(  # type: ignore[no-untyped-def]
@@ -197,7 +163,7 @@ if triton is not None:
         epilogue = bias_ptr, residual_ptr, y_ptr
         if SPLITS == 1:
             for m in tl.static_range(BATCH):
-                _finish(ys[m], *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
+                _stored(ys[m], *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
         else:
             for m in tl.static_range(BATCH):
                 to = partial_ptr + ((first + m).to(tl.int64) * SPLITS + split) * D + d
@@ -209,7 +175,7 @@ if triton is not None:
                 for m in tl.static_range(BATCH):
                     at = partial_ptr + (first + m).to(tl.int64) * (SPLITS * D) + d
                     whole = _joined(at, d < D, D, SPLITS, CHUNK)
-                    _finish(whole, *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
+                    _stored(whole, *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
 
 
 def launch_column_words(
@@ -230,9 +196,11 @@ def launch_column_words(
     slots = weight_t.shape[0] // block if index is None else index.shape[-1]
     own = index is not None and index.dim() == 2 and index.shape[0] > 1
     y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return y
     together = 1 if own else power_of_two(batch)
     groups = -(-batch // together)
-    unroll, lanes, block_d, splits, warps = _tiles(slots * block, width, groups, together, x.device)
+    unroll, lanes, block_d, splits = _tiles(slots * block, width, groups, together, x.device)
     partial = y
     if splits > 1:
         room = (groups * together, splits, width)
@@ -268,7 +236,7 @@ def launch_column_words(
         BLOCK_D=block_d,
         CHUNK=-(-splits // -(-splits // 16)),
         EARLY=early or (index is None and wanted is None),
-        num_warps=warps,
+        num_warps=WARPS,
         **pdl(x.device),
     )
     return y
@@ -276,14 +244,15 @@ def launch_column_words(
 
 def _tiles(
     rows: int, width: int, groups: int, together: int, device: torch.device
-) -> tuple[int, int, int, int, int]:
-    """Rows that a thread sums, lanes that sum others, columns of a tile, splits, warps.
+) -> tuple[int, int, int, int]:
+    """Rows that a thread sums, lanes that sum others, columns of a tile, splits of the list.
 
-    Sixteen rows of 128 bytes in flight per lane group: half as wide tiles as for bf16 leave half as
-    many splits to add, which short sums are made of (benchmarks/results/decode/tried.md).
+    128 columns, or 64 of few: half or a quarter of what tiles of bf16 have, which leaves as many
+    splits less to add, and those are what a short sum takes its time for
+    (benchmarks/results/kernels/h100_words_tuning.txt).
     """
     block_d = min(128 if width > 3000 else 64, power_of_two(width))
     lanes, unroll = 2048 // block_d, max(1, 8 // together)
     tiles = -(-width // block_d) * groups
     splits = max(1, min(64, 4 * processors(device) // tiles, -(-rows // (lanes * unroll))))
-    return unroll, lanes, block_d, splits, 4
+    return unroll, lanes, block_d, splits

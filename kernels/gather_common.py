@@ -180,3 +180,12 @@ if triton is not None:
             unit = r // UNIT - before
             live = live & (tl.load(wanted_ptr + unit, mask=live & (unit >= 0), other=1) != 0)
         return live
+
+    @triton.jit
+    def _load_rows(weight_ptr, row, live, n, in_n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Weights (…, …, BLOCK) of rows, columns or words n."""
+        mask = live[:, :, None]
+        if N % BLOCK != 0:
+            mask = mask & in_n[None, None, :]
+        place = row.to(tl.int64)[:, :, None] * N + n[None, None, :]
+        return tl.load(weight_ptr + place, mask=mask, other=0, eviction_policy="evict_first")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gnomon.kernels.gather_common import ACTIVATIONS, activate, check_choice
-from gnomon.kernels.int4_gemv import launch_down, launch_up, triton
+from gnomon.kernels.int4_down import launch_down
+from gnomon.kernels.int4_up import launch_up, triton
 
 GROUP = 32  # weights that share a scale
 

@@ -3,11 +3,14 @@
 A thread loads four words at once and has them as fp32 without moving them to another thread, which
 Triton would do for a tile of bf16, of which it loads eight at once, beside fp32, of which it loads
 four. Halves of a word are bf16 or fp16. Bytes and half bytes become floats without a shift and
-without a conversion, which has an eighth of an FMA's rate: masked where it lies, a field is the
-denormal c · 2^place · 2^-149; it multiplies x · 2^64, exactly, and the sum is scaled back by
-2^(85 - place). Fields beyond bit 24 would reach the exponent and are moved down by 8 first. Nothing
-may flush denormals, and |x| is below 2^63. Codes are unsigned: int8 has its sign bit turned, which
-adds 128, and what an offset adds to a product is taken off once, as offset · Σ x.
+without a conversion, which has an eighth of an FMA's rate: masked where it lies, a field of a
+word's lower 24 bits is c · 2^place · 2^-149, a denormal or a number of the lowest exponent. It
+multiplies x · 2^64, and the sum is scaled back by 2^(85 - place). The upper byte is moved down by
+8 first. Codes are unsigned: int8 has its sign bit turned, which adds 128, and what an offset adds
+to a product is taken off once, as offset · Σ x.
+
+Nothing may flush denormals. |x| is below 2^63, and an infinite x gives NaN. A sum errs by some
+2^-64 where its products are smaller than 2^-41, and by fp32's precision of offset · Σ x otherwise.
 """
 
 from __future__ import annotations
@@ -27,15 +30,17 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 def packing(*weights: Tensor) -> str:
     """How rows are loaded: words of ``bf16``, ``fp16`` or ``int8``, or ``none``, one by one.
 
-    Words begin at addresses of four bytes and hold whole rows.
+    Words begin at addresses of four bytes and hold whole rows; all matrices have one type.
     """
     kind = KINDS.get(weights[0].dtype, "none")
-    each = 4 // weights[0].element_size()
-    whole = all(w.shape[-1] % each == 0 and w.data_ptr() % 4 == 0 for w in weights)
-    return kind if whole else "none"
+    if kind == "none" or len({w.dtype for w in weights}) > 1:
+        return "none"
+    per = per_word(weights[0], kind)
+    places = (w.storage_offset() % per + w.data_ptr() % 4 + w.shape[-1] % per for w in weights)
+    return "none" if any(places) else kind
 
 
-def each(weight: Tensor, kind: str) -> int:
+def per_word(weight: Tensor, kind: str) -> int:
     """Weights of what is loaded at once."""
     return 1 if kind == "none" else 4 // weight.element_size()
 
@@ -110,7 +115,7 @@ if triton is not None:
         """What each place in a word multiplies, of x (K,): EACH of (K / EACH,)."""
         if KIND == "int8":
             x *= 2.0**64
-        parts = _places(x, EACH // 2)
+        parts = _places(x, EACH.bit_length() - 1)
         found = ()
         for i in tl.static_range(EACH):
             if KIND == "int8":

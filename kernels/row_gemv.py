@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gnomon.kernels.gather_common import of_units
 from gnomon.kernels.launch import pdl, power_of_two, processors
-from gnomon.kernels.packed import each, packing, words
+from gnomon.kernels.packed import packing, per_word, words
 from gnomon.kernels.row_batch import rows_batch
 
 try:
@@ -142,8 +142,8 @@ if triton is not None:
                     y, z = tl.split(tl.sum(both, axis=1))
                 else:
                     y = tl.sum(y, axis=1)
-                if KIND == "int8":
-                    y = y * 2.0**85 - offsets[m]
+                if KIND == "int8":  # rows that are not read are 0, which is not the code of 0
+                    y = tl.where(used, y * 2.0**85 - offsets[m], 0.0)
                 if HAS_SCALE:
                     y *= tl.load(up_scale_ptr + now, mask=used, other=0.0)
                 if HAS_BIAS:
@@ -203,8 +203,9 @@ def launch_rows(
     if y.numel() == 0:
         return y
     together = 1 if own else power_of_two(batch)
-    rows, programs, warps = _tiles(slots * unit, up, gate is not None, together, x.device)
     kind = packing(up) if gate is None else packing(up, gate)
+    size = up.element_size() if kind != "none" else max(2, up.element_size())
+    rows, programs, warps = _tiles(slots * unit, width, size, gate is not None, together, x.device)
     _row_kernel[(programs, triton.cdiv(batch, together))](
         x,
         words(up, kind),
@@ -238,7 +239,7 @@ def launch_rows(
         GIVEN=given is not None,
         ACTIVATION=activation,
         KIND=kind,
-        EACH=each(up, kind),
+        EACH=per_word(up, kind),
         BATCH=together,
         ROWS=rows,
         BLOCK_W=power_of_two(width),
@@ -250,18 +251,20 @@ def launch_rows(
 
 
 def _tiles(
-    rows: int, weight: Tensor, gated: bool, batch: int, device: torch.device
+    rows: int, width: int, size: int, gated: bool, batch: int, device: torch.device
 ) -> tuple[int, int, int]:
     """Rows of a block, programs, warps.
 
-    Blocks of 16 KB, half of them gate rows, and sixteen warps per processor, or 24 where rows are
-    short: of what was tried, with this the whole steps of Llama-3-8B, OPT-13B and Qwen2.5-1.5B are
-    fastest on an H100. More programs make single launches faster and steps slower, as they leave
-    no room for the launch that follows (benchmarks/results/decode/tried.md).
+    Blocks of 16 KB, half of them gate rows, half as much beside several sequences, and sixteen
+    warps per processor, or 24 where rows are short: of what was tried, with this the whole steps of
+    Llama-3-8B, OPT-13B and Qwen2.5-1.5B are fastest on an H100. More programs make single launches
+    faster and steps slower, as they leave no room for the launch that follows
+    (benchmarks/results/kernels/h100_words_tuning.txt). Bytes that are no words count double: they
+    take a register each.
     """
-    width = power_of_two(weight.shape[1])
+    width = power_of_two(width)
     block = 8192 if gated else 16384
-    tile = max(1, min(32, block // (width * weight.element_size() * min(batch, 2))))
+    tile = max(1, min(32, block // (width * size * min(batch, 2))))
     warps = max(4, min(16, power_of_two(width * batch // 1024)))  # at most 64 registers hold x
-    each = 6 if width <= 2048 else 16 // warps
-    return tile, max(1, min(-(-rows // tile), each * processors(device))), warps
+    programs = max(1, (24 if width <= 2048 else 16) // warps) * processors(device)
+    return tile, max(1, min(-(-rows // tile), programs)), warps

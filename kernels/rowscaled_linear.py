@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gnomon.kernels import cpu_gather
 from gnomon.kernels.launch import pdl, power_of_two, processors
-from gnomon.kernels.packed import each, packing, words
+from gnomon.kernels.packed import packing, per_word, words
 
 try:
     import triton
@@ -29,6 +29,7 @@ except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
 GEMV_ROWS = 32  # rows of x up to which the kernel is launched
+WORDS_FROM = 4096  # outputs from which words pay for the sum of x that they need
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,14 +107,16 @@ if triton is not None:
         for m in tl.static_range(ROWS):
             row = tl.minimum(first + m, M - 1).to(tl.int64)  # past the last: computed, not stored
             x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-            total = tl.sum(x, axis=0)
+            if KIND == "int8":
+                total = tl.sum(x, axis=0)
             y = tl.sum(_products(w, _factors(x, KIND, EACH), 0, EACH), axis=1)
             for start in tl.static_range(BLOCK_K, K, BLOCK_K):  # rows of more than a block
                 inside = (n < N)[:, None] & (start // EACH + word < WORDS)[None, :]
                 more = tl.load(q_ptr + place + start // EACH, mask=inside, other=0)
                 x = tl.load(x_ptr + row * K + start + k, mask=start + k < K, other=0.0)
                 x = x.to(tl.float32)
-                total += tl.sum(x, axis=0)
+                if KIND == "int8":
+                    total += tl.sum(x, axis=0)
                 numbers = _numbers(more, KIND)
                 y += tl.sum(_products(numbers, _factors(x, KIND, EACH), 0, EACH), axis=1)
             if KIND == "int8":
@@ -135,7 +138,7 @@ def rowscaled_linear_triton(
     if y.numel():
         together = min(4, power_of_two(rows.shape[0]))
         q = q.contiguous()
-        kind = packing(q) if n >= 4096 else "none"  # fewer do not pay for the sum of x
+        kind = packing(q) if n >= WORDS_FROM else "none"
         block_n, block_k, warps = _tiles(n, k, together, x.device)
         # Groups of rows are the fastest axis of the grid: they find their weights in the L2 cache.
         _rowscaled_gemv_kernel[(-(-rows.shape[0] // together), -(-n // block_n))](
@@ -149,7 +152,7 @@ def rowscaled_linear_triton(
             K=k,
             HAS_BIAS=bias is not None,
             KIND=kind,
-            EACH=each(q, kind),
+            EACH=per_word(q, kind),
             ROWS=together,
             BLOCK_N=block_n,
             BLOCK_K=block_k,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnomon.kernels import fewbit
 from gnomon.kernels.launch import pdl, power_of_two
-from gnomon.kernels.packed import each, packing, words
+from gnomon.kernels.packed import packing, per_word, words
 from gnomon.kernels.sketch_gemv import Plane, planes
 
 try:
@@ -231,8 +231,9 @@ def launch_sketched(
     blocks = -(-n // block_n)
     pairs = [(getattr(inner, f), getattr(linear, f)) for f in ("packed", "scale", "bias", "floor")]
     tensors = [t for pair in pairs for t in pair] + [offset, cut]
-    kind = packing(up.weight) if gate is None else packing(up.weight, gate.weight)
-    rows_of = [None if w is None else words(w, kind) for w in (up.weight, own.weight)]
+    matrices_of = [w.contiguous() for w in (up.weight, own.weight) if w is not None]
+    kind = packing(*matrices_of)
+    rows_of = [words(matrices_of[0], kind), None if gate is None else words(matrices_of[1], kind)]
     tensors += [*rows_of, up.bias, own.bias, up.scale, own.scale]
     _sketched_kernel[(blocks, batch)](
         x.contiguous(),
@@ -258,7 +259,7 @@ def launch_sketched(
         HAS_GATE_BIAS=own.bias is not None,
         HAS_SCALE=up.scale is not None,
         KIND=kind,
-        EACH=each(up.weight, kind),
+        EACH=per_word(up.weight, kind),
         BLOCK_N=block_n,
         BLOCK_D=power_of_two(width),
         ROWS=rows,

@@ -23,6 +23,7 @@ try:
     from gnomon.kernels.gather_common import _activate
     from gnomon.kernels.packed import _numbers
     from gnomon.kernels.sketch_gemv import _zeros
+    from gnomon.kernels.split_sums import _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -98,17 +99,6 @@ if triton is not None:
                     found += (y,)  # type: ignore[assignment]
             sums = found
         return sums
-
-    @triton.jit
-    def _joined(own, mask, stride, SPLITS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The sum of the splits, in their order; CHUNK independent loads at a time."""
-        y = tl.zeros(mask.shape, dtype=tl.float32)
-        for start in range(0, SPLITS, CHUNK):
-            for i in tl.static_range(CHUNK):
-                s = start + i + tl.zeros(mask.shape, dtype=tl.int32)
-                held = mask & (s < SPLITS)
-                y += tl.load(own + s * stride, mask=held, other=0.0, cache_modifier=".cg")
-        return y
 
     @triton.jit
     def _finish(  # type: ignore[no-untyped-def]

@@ -125,6 +125,14 @@ def test_dtypes_of_weights(dtype: torch.dtype, device: torch.device) -> None:
         check(given(2, 50, 24, device, dtype=dtype), run)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_weights_that_are_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:
+    args = given(1, 64, 40, device, dtype=dtype)
+    turned = {name: args[name].T.contiguous().T for name in ("up", "gate")}
+    expected = sketched_ffn_reference(**args)[0]
+    assert relative_rms(sketched_ffn_triton(**(args | turned))[0], expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_none_one_and_all(run: str, device: torch.device) -> None:
     args = given(2, 24, 50, device)

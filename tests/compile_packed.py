@@ -1,7 +1,8 @@
 """Compiles launches that read packed weights for a Hopper GPU, which takes none: run as a program.
 
-The interpreter accepts what the compiler does not. Prints, for each launch, how many FMAs keep
-denormals, how many (those of logarithms and activations) flush them, and conversions of integers.
+The interpreter accepts what the compiler does not. Prints, for each launch, how many products and
+sums keep denormals, how many (those of logarithms and activations) flush them, and how many
+conversions of integers there are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gnomon.kernels import column_words, int4_gemv, row_gemv, sketch_gemv, sketched_gemv
+from gnomon.kernels import (
+    column_words,
+    int4_down,
+    int4_up,
+    row_gemv,
+    rowscaled_linear,
+    sketch_gemv,
+    sketched_gemv,
+)
 from gnomon.kernels.sketch_scores import sketch_scores_triton
 from gnomon.kernels.sketched_ffn import sketched_ffn_triton
 from sketches import arguments
@@ -59,7 +68,8 @@ class Launches:
         source = ASTSource(self.kernel, signature, fixed, aligned)
         options = {"num_warps": num_warps, "launch_pdl": True}
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        plain, flushing = (len(re.findall(rf"fma\.rn\.{kind}", ptx)) for kind in ("f32", "ftz.f32"))
+        sums = r"(?:fma\.rn|mul|add)(?:\.rn)?\.%s\s"
+        plain, flushing = (len(re.findall(sums % kind, ptx)) for kind in ("f32", "ftz\\.f32"))
         conversions = len(re.findall(r"cvt\.rn\.f32\.[su]\d", ptx))
         sys.stdout.write(f"{self.kernel.__name__} {plain} {flushing} {conversions}\n")
 
@@ -69,8 +79,9 @@ def packed() -> None:
     for module, name in (
         (row_gemv, "_row_kernel"),
         (column_words, "_column_words_kernel"),
-        (int4_gemv, "_up_kernel"),
-        (int4_gemv, "_down_kernel"),
+        (rowscaled_linear, "_rowscaled_gemv_kernel"),
+        (int4_up, "_up_kernel"),
+        (int4_down, "_down_kernel"),
     ):
         setattr(module, name, Launches(getattr(module, name)))
     none: tuple[None, None] = (None, None)
@@ -81,10 +92,12 @@ def packed() -> None:
     column_words.launch_column_words(
         h, weight, None, 1, None, scale, None, None, torch.float32, False
     )
+    rowscaled_linear.WORDS_FROM = 0
+    rowscaled_linear.rowscaled_linear_triton(x, weight, scale, scale)
     codes = torch.empty(200, 48, dtype=torch.uint8)
     scales = torch.empty(200, 3, dtype=torch.float16)
-    int4_gemv.launch_up(x, codes, scales, codes, scales, "silu", None, None)
-    int4_gemv.launch_down(h, codes, scales, 96, None, None)
+    int4_up.launch_up(x, codes, scales, codes, scales, "silu", None, None)
+    int4_down.launch_down(h, codes, scales, 96, None, None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Sums that several programs share: how the last of them adds the splits up and stores them.
+
+A program stores its split's sums, takes a ticket, and the one with the last ticket adds all splits
+in their order, so that the result is the same every time.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton ships for Linux only; the references need nothing
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _joined(own, mask, stride, SPLITS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The sum of the splits, in their order; CHUNK independent loads at a time."""
+        y = tl.zeros(mask.shape, dtype=tl.float32)
+        for start in range(0, SPLITS, CHUNK):
+            for i in tl.static_range(CHUNK):
+                s = start + i + tl.zeros(mask.shape, dtype=tl.int32)
+                held = mask & (s < SPLITS)
+                y += tl.load(own + s * stride, mask=held, other=0.0, cache_modifier=".cg")
+        return y
+
+    @triton.jit
+    def _stored(  # type: ignore[no-untyped-def]
+        y,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        b,
+        B,
+        d,
+        D: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+    ):
+        """Stores sums y of the outputs d of sequence b, of B, with bias and residual."""
+        mask = d < tl.where(b < B, D, 0)
+        place = b.to(tl.int64) * D + d
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
