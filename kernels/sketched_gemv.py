@@ -188,7 +188,6 @@ if triton is not None:
             now, w_now, g_now, live = j, w, g, start + r < held
             ahead = start + ROWS + r
             j, w, g = _load_rows(list_ptr, up_ptr, gate_ptr, ahead, held, word, WORDS, GATED)
-            tl.debug_barrier()  # keeps the next weights' loads before this sum
             y = _products(_numbers(w_now, KIND), xs, 0, EACH)
             if GATED:  # one sum across threads for both
                 z = _products(_numbers(g_now, KIND), xs, 0, EACH)
