@@ -1,19 +1,18 @@
-"""Column-gathered projection of int8 weights as a Triton launch: GEMV up to four sequences.
+"""Column-gathered projection of int8 weights as a Triton kernel: GEMV up to four sequences.
 
     y[b] = residual[b] + bias + Σ_{s, r} x[b, s·block + r] · scale[j] · weight_t[j],
     j = index[s]·block + r
 
 x (B, S·block); weight_t (N, D) int8, read as words of four (:mod:`gnomon.kernels.packed`), D a
 multiple of four; y (B, D). Specification: ``column_gather_reference``. Tiles are narrower than in
-``column_gemv.py``, so that fewer splits have to be added.
+``column_gemv.py``, which launches it, so that fewer splits have to be added.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from gnomon.kernels.launch import pdl, power_of_two, processors, tickets
+from gnomon.kernels.launch import power_of_two, processors
 
 try:
     import triton
@@ -27,8 +26,6 @@ try:
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
-
-WARPS = 4  # of a program
 
 if triton is not None:
 
@@ -178,74 +175,10 @@ if triton is not None:
                     _stored(whole, *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
 
 
-def launch_column_words(
-    x: Tensor,
-    weight_t: Tensor,
-    index: Tensor | None,
-    block: int,
-    count: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-    early: bool,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    """The sum over chosen rows of int8: y (B, D). Up to four sequences, or lists of their own."""
-    batch, width = x.shape[0], weight_t.shape[1]
-    slots = weight_t.shape[0] // block if index is None else index.shape[-1]
-    own = index is not None and index.dim() == 2 and index.shape[0] > 1
-    y = torch.empty((batch, width), dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    together = 1 if own else power_of_two(batch)
-    groups = -(-batch // together)
-    unroll, lanes, block_d, splits = _tiles(slots * block, width, groups, together, x.device)
-    partial = y
-    if splits > 1:
-        room = (groups * together, splits, width)
-        partial = torch.empty(room, dtype=torch.float32, device=x.device)
-    _column_words_kernel[(-(-width // block_d), splits, groups)](
-        x.contiguous(),
-        weight_t.view(torch.int32),
-        index,
-        count,
-        scale,
-        bias,
-        None if residual is None else residual.contiguous(),
-        y,
-        partial,
-        tickets(x.device),
-        wanted,
-        batch,
-        slots,
-        0 if wanted is None else slots - wanted.numel(),
-        D=width,
-        UNIT=block,
-        HAS_INDEX=index is not None,
-        INDEX_STRIDE=slots if own else 0,
-        HAS_COUNT=count is not None,
-        HAS_WANTED=wanted is not None,
-        HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        BATCH=together,
-        SPLITS=splits,
-        UNROLL=unroll,
-        ROWS=lanes,
-        BLOCK_D=block_d,
-        CHUNK=-(-splits // -(-splits // 16)),
-        EARLY=early or (index is None and wanted is None),
-        num_warps=WARPS,
-        **pdl(x.device),
-    )
-    return y
-
-
-def _tiles(
+def tiles(
     rows: int, width: int, groups: int, together: int, device: torch.device
-) -> tuple[int, int, int, int]:
-    """Rows that a thread sums, lanes that sum others, columns of a tile, splits of the list.
+) -> tuple[int, int, int, int, int]:
+    """Rows that a thread sums, lanes that sum others, columns of a tile, splits of the list, warps.
 
     128 columns, or 64 of few: half or a quarter of what tiles of bf16 have, which leaves as many
     splits less to add, and those are what a short sum takes its time for
@@ -253,6 +186,6 @@ def _tiles(
     """
     block_d = min(128 if width > 3000 else 64, power_of_two(width))
     lanes, unroll = 2048 // block_d, max(1, 8 // together)
-    tiles = -(-width // block_d) * groups
-    splits = max(1, min(64, 4 * processors(device) // tiles, -(-rows // (lanes * unroll))))
-    return unroll, lanes, block_d, splits
+    programs = -(-width // block_d) * groups
+    splits = max(1, min(64, 4 * processors(device) // programs, -(-rows // (lanes * unroll))))
+    return unroll, lanes, block_d, splits, 4

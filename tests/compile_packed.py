@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gnomon.kernels import (
+    column_gemv,
     column_words,
     int4_down,
     int4_up,
@@ -89,9 +90,7 @@ def packed() -> None:
     weight, scale = torch.empty(200, 96, dtype=torch.int8), torch.empty(200)
     plain = (None, None, "none", 0.0, "silu", torch.float32, False)
     row_gemv.launch_rows(x, weight, weight, None, 1, None, (scale, scale), none, *plain)
-    column_words.launch_column_words(
-        h, weight, None, 1, None, scale, None, None, torch.float32, False
-    )
+    column_gemv.launch_columns(h, weight, None, 1, None, scale, None, None, torch.float32, False)
     rowscaled_linear.WORDS_FROM = 0
     rowscaled_linear.rowscaled_linear_triton(x, weight, scale, scale)
     codes = torch.empty(200, 48, dtype=torch.uint8)
