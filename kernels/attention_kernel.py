@@ -168,8 +168,13 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         k_ptr, v_ptr = k_cache_ptr + start, v_cache_ptr + start
         r = tl.arange(0, R_PAD)
         slot = g * R + r
+        merged = g * R + tl.arange(0, R_POW2)  # the same without padding, as the merge takes it
+        row = tl.zeros((1,), dtype=tl.int32) + g
         if HAS_SLOT:
             slot = tl.load(slots_ptr + g * R + r, mask=r < R, other=-1)
+            merged = tl.load(slots_ptr + merged, mask=tl.arange(0, R_POW2) < R, other=-1)
+        if HAS_KV_SLOT:
+            row = tl.load(kv_slot_ptr + b * KV_SLOT_STRIDE + row)
         if ONE_TILE:  # its keys and values are under way while the projection drains
             stop = tl.where(active, end, begin)
             k = _load_tile(k_ptr, begin, stop, D, BLOCK_D, BLOCK_T)
@@ -187,11 +192,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             if HAS_ALIBI:
                 slope = tl.load(alibi_ptr + g * R + r, mask=r < R, other=0.0).to(tl.float32) * LOG2E
             # The new token belongs to the last split: its key is rounded as the cache's are.
-            zero = tl.zeros((1,), dtype=tl.int32)
-            last = zero + split == used - 1
-            row = zero + g
-            if HAS_KV_SLOT:
-                row = tl.load(kv_slot_ptr + b * KV_SLOT_STRIDE + g + zero)
+            last = tl.zeros((1,), dtype=tl.int32) + split == used - 1
             here = (row >= 0) & last
             key = _rotated(
                 k_new_ptr + b * k_stride, row, here, angle, k_norm_ptr, cos_ptr, sin_ptr, eps,
@@ -239,6 +240,6 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 if tl.atomic_add(ticket, 1, sem="acq_rel") == used - 1:
                     tl.store(ticket, 0)
                     _merge(
-                        ctx_ptr, partial_ptr, stat_ptr, out_row, slots_ptr, g * R, used,
-                        HAS_SLOT, D, R, SPLITS, R_POW2, BLOCK_D, BLOCK_S,
+                        ctx_ptr, partial_ptr, stat_ptr, out_row, merged, used,
+                        D, R, SPLITS, R_POW2, BLOCK_D, BLOCK_S,
                     )  # fmt: skip

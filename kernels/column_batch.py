@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gnomon.kernels.launch import interpreted, pdl, power_of_two, processors, tickets
 from gnomon.kernels.row_batch import operand_dtype
+from gnomon.kernels.split_sums import at_once
 
 try:
     import triton
@@ -23,6 +24,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _reads, _rows
+    from gnomon.kernels.split_sums import _addends, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -57,6 +59,7 @@ if triton is not None:
         BLOCK_B: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        CHUNK: tl.constexpr,
         PDL: tl.constexpr,
     ):
         if PDL:
@@ -95,25 +98,21 @@ if triton is not None:
             if UPCAST:
                 x = x.to(tl.float32)
             y = tl.dot(x, w.to(x.dtype), y, input_precision="ieee")
-        place = b[:, None] * D + d[None, :]
+        column = d[None, :] + tl.zeros((BLOCK_B, 1), dtype=tl.int32)
+        place = b[:, None] * D + column
         mask = inside[:, None] & in_d[None, :]
         last = True
         if SPLITS > 1:
-            tl.store(partial_ptr + (b[:, None] * SPLITS + split) * D + d[None, :], y, mask=mask)
+            at = partial_ptr + b[:, None] * (SPLITS * D) + column
+            tl.store(at + split * D, y, mask=mask)
             tl.debug_barrier()
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
             if SPLITS > 1:
                 tl.store(ticket, 0)
-                y = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
-                for s in range(SPLITS):
-                    at = partial_ptr + (b[:, None] * SPLITS + s) * D + d[None, :]
-                    y += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-            if HAS_RESIDUAL:
-                y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+                y = _joined(at, mask, D, SPLITS, CHUNK)
+            y += _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -173,6 +172,7 @@ def columns_batch(
         BLOCK_B=block_b,
         ROWS=rows,
         BLOCK_D=block_d,
+        CHUNK=at_once(splits, block_b * block_d // 128),
         num_warps=4,
         num_stages=3,
         **pdl(x.device),

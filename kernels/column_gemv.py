@@ -16,6 +16,7 @@ from gnomon.kernels import column_words
 from gnomon.kernels.column_batch import columns_batch
 from gnomon.kernels.launch import pdl, power_of_two, processors, tickets
 from gnomon.kernels.packed import packing, words
+from gnomon.kernels.split_sums import at_once
 
 try:
     import triton
@@ -23,6 +24,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _load_rows, _reads, _rows
+    from gnomon.kernels.split_sums import _addends, _joined
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -107,32 +109,22 @@ if triton is not None:
             w = _load_rows(weight_ptr, row, read, d, in_d, D, BLOCK_D)
             acc += tl.sum(w_now.to(tl.float32)[None, :, :, :] * x[:, :, :, None], axis=1)
         y = tl.sum(acc, axis=1)
-        place = b[:, None] * D + d[None, :]
+        column = d[None, :] + tl.zeros((BATCH, 1), dtype=tl.int32)
+        place = b[:, None] * D + column
         mask = inside[:, None] & in_d[None, :]
+        more = _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
         last = True
         if SPLITS > 1:
-            tl.store(partial_ptr + (b[:, None] * SPLITS + split) * D + d[None, :], y, mask=mask)
+            at = partial_ptr + b[:, None] * (SPLITS * D) + column
+            tl.store(at + split * D, y, mask=mask)
             tl.debug_barrier()
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
             if SPLITS > 1:
                 tl.store(ticket, 0)
-                y = tl.zeros((BATCH, BLOCK_D), dtype=tl.float32)
-                for start in range(0, SPLITS, CHUNK):
-                    for i in tl.static_range(CHUNK):  # independent loads, sums within a thread
-                        s = start + i + tl.zeros((BATCH,), dtype=tl.int32)
-                        y += tl.load(
-                            partial_ptr + (b * SPLITS + s)[:, None] * D + d[None, :],
-                            mask=mask & (s < SPLITS)[:, None],
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-            if HAS_RESIDUAL:
-                y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+                y = _joined(at, mask, D, SPLITS, CHUNK)
+            tl.store(y_ptr + place, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_columns(
@@ -199,7 +191,7 @@ def launch_columns(
         UNROLL=unroll,
         ROWS=lanes,
         BLOCK_D=block_d,
-        CHUNK=-(-splits // -(-splits // 16)),
+        CHUNK=at_once(splits, -(-together * block_d // (32 * warps))),
         EARLY=early or (index is None and wanted is None),
         num_warps=warps,
         **pdl(x.device),

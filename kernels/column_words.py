@@ -22,7 +22,7 @@ try:
     from gnomon.kernels.gather_common import _load_rows, _reads, _rows
     from gnomon.kernels.packed import _numbers, _power, _woven
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _joined, _stored
+    from gnomon.kernels.split_sums import _addends, _joined
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -157,22 +157,29 @@ if triton is not None:
                 parts += (sums[m * 4 + i] * (2.0**85 * _power(i, 8)),)  # type: ignore[assignment]
             total = tl.sum(tl.sum(all_x[m], axis=1), axis=0)
             ys += (tl.sum(_woven(parts), axis=0) - 128.0 * total,)  # type: ignore[assignment]
-        epilogue = bias_ptr, residual_ptr, y_ptr
-        if SPLITS == 1:
+        more = ()
+        for m in tl.static_range(BATCH):
+            mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
+            more += (_addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL),)  # type: ignore[assignment]
+        last = True
+        if SPLITS > 1:
             for m in tl.static_range(BATCH):
-                _stored(ys[m], *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
-        else:
-            for m in tl.static_range(BATCH):
-                to = partial_ptr + ((first + m).to(tl.int64) * SPLITS + split) * D + d
-                tl.store(to, ys[m], mask=d < D)
+                at = partial_ptr + ((first + m).to(tl.int64) * SPLITS + split) * D + d
+                tl.store(at, ys[m], mask=d < D)
             tl.debug_barrier()
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
+            last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            if SPLITS > 1:
                 tl.store(ticket, 0)
-                for m in tl.static_range(BATCH):
+            for m in tl.static_range(BATCH):
+                y = ys[m]  # type: ignore[var-annotated]
+                if SPLITS > 1:
                     at = partial_ptr + (first + m).to(tl.int64) * (SPLITS * D) + d
-                    whole = _joined(at, d < D, D, SPLITS, CHUNK)
-                    _stored(whole, *epilogue, first + m, B, d, D, HAS_BIAS, HAS_RESIDUAL)
+                    y = _joined(at, d < D, D, SPLITS, CHUNK)
+                y = (y + more[m]).to(y_ptr.dtype.element_ty)
+                mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
+                tl.store(y_ptr + place, y, mask=mask)
 
 
 def tiles(

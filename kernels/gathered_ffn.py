@@ -197,11 +197,16 @@ def gathered_ffn(
     up_scale: Tensor | None = None,
     gate_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     """The whole FFN: two registered operators, (B, W) -> (B, D) in x's dtype.
 
     Arguments as in :func:`ffn_up_reference`, and of the down projection ``down_t`` (F, D),
-    ``down_bias`` (D,), ``down_scale`` (F,).
+    ``down_bias`` (D,), ``down_scale`` (F,). Its list is older than the launch before it: than h.
     """
-    h = ffn_up(x, up, gate, index, count, activation, up_bias, gate_bias, up_scale, gate_scale)
-    return column_gather(h, down_t, index, 1, count, down_scale, down_bias, None, x.dtype)
+    h = ffn_up(
+        x, up, gate, index, count, activation, up_bias, gate_bias, up_scale, gate_scale, early=early
+    )
+    return column_gather(
+        h, down_t, index, 1, count, down_scale, down_bias, None, x.dtype, early=True
+    )

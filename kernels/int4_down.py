@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gnomon.kernels.int4_up import code_words
 from gnomon.kernels.launch import pdl, power_of_two, processors, tickets
+from gnomon.kernels.split_sums import at_once
 
 try:
     import triton
@@ -20,7 +21,7 @@ try:
 
     from gnomon.kernels.packed import _field, _power, _woven
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _joined, _stored
+    from gnomon.kernels.split_sums import _addends, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -126,18 +127,20 @@ if triton is not None:
         less = tl.broadcast_to(tl.sum(offset, axis=0)[:, None], (BLOCK_G, 32))
         y = tl.sum(_woven(parts), axis=0) - tl.reshape(less, (8 * BLOCK,))
         d = tile * (8 * BLOCK) + tl.arange(0, 8 * BLOCK)
-        epilogue = bias_ptr, residual_ptr, y_ptr, b, tl.num_programs(2), d
-        if SPLITS == 1:
-            _stored(y, *epilogue, D, HAS_BIAS, HAS_RESIDUAL)
-        else:
+        place, mask = b.to(tl.int64) * D + d, d < D
+        more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
+        last = True
+        if SPLITS > 1:
             at = partial_ptr + b.to(tl.int64) * (SPLITS * D) + d
-            tl.store(at + split * D, y, mask=d < D)
+            tl.store(at + split * D, y, mask=mask)
             tl.debug_barrier()
             ticket = ticket_ptr + b * tl.num_programs(0) + tile
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
+            last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            if SPLITS > 1:
                 tl.store(ticket, 0)
-                whole = _joined(at, d < D, D, SPLITS, CHUNK)
-                _stored(whole, *epilogue, D, HAS_BIAS, HAS_RESIDUAL)
+                y = _joined(at, mask, D, SPLITS, CHUNK)
+            tl.store(y_ptr + place, y + more, mask=mask)
 
 
 def launch_down(
@@ -174,7 +177,7 @@ def launch_down(
         UNROLL=unroll,
         ROWS=rows,
         BLOCK_G=block,
-        CHUNK=-(-splits // -(-splits // 16)),
+        CHUNK=at_once(splits, -(-32 * block // (32 * warps))),
         STAGES=STAGES,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,

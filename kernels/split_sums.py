@@ -1,7 +1,8 @@
 """Sums that several programs share: how the last of them adds the splits up and stores them.
 
 A program stores its split's sums, takes a ticket, and the one with the last ticket adds all splits
-in their order, so that the result is the same every time.
+in their order, so that the result is the same every time. Everything that follows the ticket waits
+for memory once: bias and residual are asked for before it, all splits side by side after it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ try:
     import triton.language as tl
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
+
+
+def at_once(splits: int, per_thread: int) -> int:
+    """Splits that a thread asks for before it adds them, each ``per_thread`` numbers of its own."""
+    most = max(4, 80 // per_thread)
+    return -(-splits // -(-splits // most))
+
 
 if triton is not None:
 
@@ -26,23 +34,13 @@ if triton is not None:
         return y
 
     @triton.jit
-    def _stored(  # type: ignore[no-untyped-def]
-        y,
-        bias_ptr,
-        residual_ptr,
-        y_ptr,
-        b,
-        B,
-        d,
-        D: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
+    def _addends(  # type: ignore[no-untyped-def]
+        bias_ptr, residual_ptr, place, d, mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
     ):
-        """Stores sums y of the outputs d of sequence b, of B, with bias and residual."""
-        mask = d < tl.where(b < B, D, 0)
-        place = b.to(tl.int64) * D + d
+        """Bias of the outputs d and residual at ``place``, both as large as ``mask``: 0 if none."""
+        y = tl.zeros(mask.shape, dtype=tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+        return y

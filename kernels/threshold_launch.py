@@ -15,6 +15,7 @@ from torch import Tensor
 from gnomon.kernels import threshold_walk
 from gnomon.kernels.launch import TICKETS, pdl, power_of_two, processors, tickets
 from gnomon.kernels.packed import packing, words
+from gnomon.kernels.split_sums import at_once
 
 LONG = 8192  # channels of a tile that two programs share
 
@@ -95,7 +96,7 @@ def launch_walk(
         UNROLL=shape.unroll // rounds,
         LANES=lanes,
         BLOCK_N=shape.block_n,
-        CHUNK=-(-shape.splits // -(-shape.splits // 16)),
+        CHUNK=at_once(shape.splits, 1),
         num_warps=shape.warps,
         **pdl(x.device),
     )

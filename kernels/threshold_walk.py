@@ -23,7 +23,7 @@ try:
     from gnomon.kernels.gather_common import _activate
     from gnomon.kernels.packed import _numbers
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _joined
+    from gnomon.kernels.split_sums import _addends, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -101,40 +101,27 @@ if triton is not None:
         return sums
 
     @triton.jit
-    def _finish(  # type: ignore[no-untyped-def]
-        y,
-        z,
+    def _beside(  # type: ignore[no-untyped-def]
         bias_ptr,
         gate_bias_ptr,
         given_ptr,
         residual_ptr,
-        y_ptr,
-        b,
+        place,
         n,
         mask,
-        N: tl.constexpr,
-        ACTIVATION: tl.constexpr,
-        GATED: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_GATE_BIAS: tl.constexpr,
         HAS_GIVEN: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
     ):
-        """What becomes of the sums y, and z of the gate, is stored."""
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
-        if GATED:
-            if HAS_GATE_BIAS:
-                z += tl.load(gate_bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
-            y *= _activate(z, ACTIVATION)
-        else:
-            y = _activate(y, ACTIVATION)
-        place = b * N + n
+        """What an output is made of beside its sums: both biases, factor and residual."""
+        bias = _addends(bias_ptr, bias_ptr, place, n, mask, HAS_BIAS, False)
+        gate_bias = _addends(gate_bias_ptr, bias_ptr, place, n, mask, HAS_GATE_BIAS, False)
+        residual = _addends(bias_ptr, residual_ptr, place, n, mask, False, HAS_RESIDUAL)
+        given = 1.0
         if HAS_GIVEN:
-            y *= tl.load(given_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+            given = tl.load(given_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        return bias, gate_bias, given, residual
 
     @triton.jit
     def _walk_kernel(  # type: ignore[no-untyped-def]
@@ -213,30 +200,16 @@ if triton is not None:
             ups = _added(ups, w_now, x_now, BATCH, KIND)
             if GATED:
                 gates = _added(gates, g_now, x_now, BATCH, KIND)
-        epilogue = bias_ptr, gate_bias_ptr, given_ptr, residual_ptr, y_ptr
-        if SPLITS == 1:
-            for j in tl.static_range(BATCH * EACH):
-                b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
-                y = tl.sum(ups[j], axis=0)
-                z = y
-                if GATED:
-                    z = tl.sum(gates[j], axis=0)
-                _finish(
-                    y,
-                    z,
-                    *epilogue,
-                    b,
-                    at,
-                    in_n,
-                    N,
-                    ACTIVATION,
-                    GATED,
-                    HAS_BIAS,
-                    HAS_GATE_BIAS,
-                    HAS_GIVEN,
-                    HAS_RESIDUAL,
-                )
-        else:
+        beside, sources = (), (bias_ptr, gate_bias_ptr, given_ptr, residual_ptr)
+        for j in tl.static_range(BATCH * EACH):
+            b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
+            beside += (  # type: ignore[assignment]
+                _beside(
+                    *sources, b * N + at, at, in_n, HAS_BIAS, HAS_GATE_BIAS, HAS_GIVEN, HAS_RESIDUAL
+                ),
+            )
+        last = True
+        if SPLITS > 1:
             for j in tl.static_range(BATCH * EACH):
                 b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
                 own = partial_ptr + (b * SPLITS + split) * (PLANES * N) + at
@@ -245,27 +218,25 @@ if triton is not None:
                     tl.store(own + N, tl.sum(gates[j], axis=0), mask=in_n)
             tl.debug_barrier()
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1:
+            last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            if SPLITS > 1:
                 tl.store(ticket, 0)
-                for j in tl.static_range(BATCH * EACH):
-                    b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
-                    own = partial_ptr + b * (SPLITS * PLANES * N) + at
-                    y = _joined(own, in_n, PLANES * N, SPLITS, CHUNK)
-                    z = y
-                    if GATED:
+            for j in tl.static_range(BATCH * EACH):
+                b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
+                own = partial_ptr + b * (SPLITS * PLANES * N) + at
+                bias, gate_bias, given, residual = beside[j]  # type: ignore[var-annotated]
+                if SPLITS > 1:
+                    y = _joined(own, in_n, PLANES * N, SPLITS, CHUNK) + bias
+                else:
+                    y = tl.sum(ups[j], axis=0) + bias
+                if GATED:
+                    if SPLITS > 1:
                         z = _joined(own + N, in_n, PLANES * N, SPLITS, CHUNK)
-                    _finish(
-                        y,
-                        z,
-                        *epilogue,
-                        b,
-                        at,
-                        in_n,
-                        N,
-                        ACTIVATION,
-                        GATED,
-                        HAS_BIAS,
-                        HAS_GATE_BIAS,
-                        HAS_GIVEN,
-                        HAS_RESIDUAL,
-                    )
+                    else:
+                        z = tl.sum(gates[j], axis=0)
+                    y *= _activate(z + gate_bias, ACTIVATION)
+                else:
+                    y = _activate(y, ACTIVATION)
+                y = y * given + residual
+                tl.store(y_ptr + b * N + at, y.to(y_ptr.dtype.element_ty), mask=in_n)

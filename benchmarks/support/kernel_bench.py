@@ -94,6 +94,7 @@ def run(cfg: Any, write: Callable[[dict[str, Any]], None]) -> list[str]:
                     continue
                 row = _measured(cfg, make, op, kept)
                 about = {"device": device_name(device), "dtype": cfg.dtype, "int8": cfg.int8}
+                about["early"] = cfg.early
                 write({"shape": shape, **row, **ceiling, **about})
                 gc.collect()
     return left_out

@@ -77,7 +77,7 @@ class Make:
 
     Args:
         sizes: of the host.
-        cfg: batch, context, rank, bits, int8.
+        cfg: batch, context, rank, bits, int8, early.
         dtype: of weights and inputs.
         device: where.
     """
@@ -130,7 +130,7 @@ def _row_gather(m: Make, kept: float) -> Case:
     args = (x, w, index, s.d, None, scale)
     share = _share(index, s.H)
     return Case(
-        lambda: row_gather(*args),
+        lambda: row_gather(*args, early=m.cfg.early),
         lambda: row_gather_reference(*args),
         lambda: F.linear(x, dense),
         share * _nbytes(w, scale),
@@ -147,7 +147,7 @@ def _column_gather(m: Make, kept: float) -> Case:
     whole, turned = m.inputs(s.H * s.d), dense.t().contiguous()
     args = (x, w, index, s.d, None, scale)
     return Case(
-        lambda: column_gather(*args),
+        lambda: column_gather(*args, early=m.cfg.early),
         lambda: column_gather_reference(*args),
         lambda: F.linear(whole, turned),
         _share(index, s.H) * _nbytes(w, scale),
@@ -164,7 +164,7 @@ def _ffn_up(m: Make, kept: float) -> Case:
     act = "silu" if s.gated else "relu"
     args = (x, up, gate, index, None, act, None, None, up_scale, gate_scale)
     return Case(
-        lambda: ffn_up(*args),
+        lambda: ffn_up(*args, early=m.cfg.early),
         lambda: ffn_up_reference(*args),
         lambda: _dense_up(x, up_dense, gate_dense),
         _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale),
@@ -189,8 +189,20 @@ def _gathered_ffn(m: Make, kept: float) -> Case:
 
     return Case(
         lambda: gathered_ffn(
-            x, up, down, gate, index, None, act, None, None, None, *scales, down_scale
-        ),
+            x,
+            up,
+            down,
+            gate,
+            index,
+            None,
+            act,
+            None,
+            None,
+            None,
+            *scales,
+            down_scale,
+            early=m.cfg.early,
+        ),  # fmt: skip
         reference,
         lambda: F.linear(_dense_up(x, up_dense, gate_dense), turned),
         _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale, down, down_scale),
@@ -212,7 +224,7 @@ def _decode_attention(m: Make, kept: float) -> Case:
     whole = m.inputs(s.H * s.d).view(B, s.H, 1, s.d)
     groups = len(torch.unique(heads // (s.H // s.G)))
     return Case(
-        lambda: decode_attention(*args),
+        lambda: decode_attention(*args, early=m.cfg.early),
         lambda: decode_attention_reference(*args),
         lambda: F.scaled_dot_product_attention(whole, k, v, enable_gqa=s.G < s.H),
         groups / s.G * _nbytes(k, v),
