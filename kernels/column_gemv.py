@@ -112,7 +112,6 @@ if triton is not None:
         column = d[None, :] + tl.zeros((BATCH, 1), dtype=tl.int32)
         place = b[:, None] * D + column
         mask = inside[:, None] & in_d[None, :]
-        more = _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
         last = True
         if SPLITS > 1:
             at = partial_ptr + b[:, None] * (SPLITS * D) + column
@@ -121,6 +120,7 @@ if triton is not None:
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
+            more = _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
             if SPLITS > 1:
                 tl.store(ticket, 0)
                 y = _joined(at, mask, D, SPLITS, CHUNK)
@@ -204,12 +204,16 @@ def _tiles(
 ) -> tuple[int, int, int, int, int]:
     """Rows that a warp sums in registers, warps, columns of a tile, splits of the list, warps.
 
-    Four programs of 4 warps per processor with 16 rows x 256 columns each make the fastest whole
-    step on an H100: 2.64 TB/s on Llama-2-7B's down projection, of 3.1 readable. Alone, 32 rows and
-    three programs are 2 % faster, but they leave less room for the launch that follows.
+    A program asks for 16 rows of 256 columns at once, or of a narrow sum for 64 rows of 64 columns,
+    so that splits stay few; five of 96 registers are resident on a processor. What else was timed:
+    benchmarks/results/kernels/h100_split_sums.txt.
     """
-    block_d = min(256, power_of_two(width))
-    unroll = 4 if together == 1 else 2
+    resident = 5 if together == 1 else 4
+    unroll, block_d = 4 if together == 1 else 2, 256
+    if together == 1 and width <= 3000:
+        unroll, block_d = 16, 64
+    block_d = min(block_d, power_of_two(width))
     programs = -(-width // block_d) * groups
-    splits = max(1, min(64, 4 * processors(device) // programs, -(-rows // (4 * unroll))))
+    most = resident * processors(device) // programs
+    splits = max(1, min(64, most, -(-rows // (4 * unroll))))
     return unroll, 4, block_d, splits, 4

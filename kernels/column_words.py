@@ -157,10 +157,6 @@ if triton is not None:
                 parts += (sums[m * 4 + i] * (2.0**85 * _power(i, 8)),)  # type: ignore[assignment]
             total = tl.sum(tl.sum(all_x[m], axis=1), axis=0)
             ys += (tl.sum(_woven(parts), axis=0) - 128.0 * total,)  # type: ignore[assignment]
-        more = ()
-        for m in tl.static_range(BATCH):
-            mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
-            more += (_addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL),)  # type: ignore[assignment]
         last = True
         if SPLITS > 1:
             for m in tl.static_range(BATCH):
@@ -173,13 +169,13 @@ if triton is not None:
             if SPLITS > 1:
                 tl.store(ticket, 0)
             for m in tl.static_range(BATCH):
+                mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
+                more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
                 y = ys[m]  # type: ignore[var-annotated]
                 if SPLITS > 1:
                     at = partial_ptr + (first + m).to(tl.int64) * (SPLITS * D) + d
                     y = _joined(at, d < D, D, SPLITS, CHUNK)
-                y = (y + more[m]).to(y_ptr.dtype.element_ty)
-                mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
-                tl.store(y_ptr + place, y, mask=mask)
+                tl.store(y_ptr + place, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def tiles(

@@ -128,7 +128,6 @@ if triton is not None:
         y = tl.sum(_woven(parts), axis=0) - tl.reshape(less, (8 * BLOCK,))
         d = tile * (8 * BLOCK) + tl.arange(0, 8 * BLOCK)
         place, mask = b.to(tl.int64) * D + d, d < D
-        more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
         last = True
         if SPLITS > 1:
             at = partial_ptr + b.to(tl.int64) * (SPLITS * D) + d
@@ -137,6 +136,7 @@ if triton is not None:
             ticket = ticket_ptr + b * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
+            more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
             if SPLITS > 1:
                 tl.store(ticket, 0)
                 y = _joined(at, mask, D, SPLITS, CHUNK)

@@ -1,8 +1,8 @@
 """Sums that several programs share: how the last of them adds the splits up and stores them.
 
 A program stores its split's sums, takes a ticket, and the one with the last ticket adds all splits
-in their order, so that the result is the same every time. Everything that follows the ticket waits
-for memory once: bias and residual are asked for before it, all splits side by side after it.
+in their order, so that the result is the same every time. What follows the ticket waits for memory
+once: bias and residual are asked for beside all splits.
 """
 
 from __future__ import annotations

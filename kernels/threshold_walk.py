@@ -101,29 +101,6 @@ if triton is not None:
         return sums
 
     @triton.jit
-    def _beside(  # type: ignore[no-untyped-def]
-        bias_ptr,
-        gate_bias_ptr,
-        given_ptr,
-        residual_ptr,
-        place,
-        n,
-        mask,
-        HAS_BIAS: tl.constexpr,
-        HAS_GATE_BIAS: tl.constexpr,
-        HAS_GIVEN: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
-    ):
-        """What an output is made of beside its sums: both biases, factor and residual."""
-        bias = _addends(bias_ptr, bias_ptr, place, n, mask, HAS_BIAS, False)
-        gate_bias = _addends(gate_bias_ptr, bias_ptr, place, n, mask, HAS_GATE_BIAS, False)
-        residual = _addends(bias_ptr, residual_ptr, place, n, mask, False, HAS_RESIDUAL)
-        given = 1.0
-        if HAS_GIVEN:
-            given = tl.load(given_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        return bias, gate_bias, given, residual
-
-    @triton.jit
     def _walk_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         weight_ptr,
@@ -200,14 +177,6 @@ if triton is not None:
             ups = _added(ups, w_now, x_now, BATCH, KIND)
             if GATED:
                 gates = _added(gates, g_now, x_now, BATCH, KIND)
-        beside, sources = (), (bias_ptr, gate_bias_ptr, given_ptr, residual_ptr)
-        for j in tl.static_range(BATCH * EACH):
-            b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
-            beside += (  # type: ignore[assignment]
-                _beside(
-                    *sources, b * N + at, at, in_n, HAS_BIAS, HAS_GATE_BIAS, HAS_GIVEN, HAS_RESIDUAL
-                ),
-            )
         last = True
         if SPLITS > 1:
             for j in tl.static_range(BATCH * EACH):
@@ -225,7 +194,10 @@ if triton is not None:
             for j in tl.static_range(BATCH * EACH):
                 b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
                 own = partial_ptr + b * (SPLITS * PLANES * N) + at
-                bias, gate_bias, given, residual = beside[j]  # type: ignore[var-annotated]
+                place = b * N + at
+                bias = _addends(bias_ptr, bias_ptr, place, at, in_n, HAS_BIAS, False)
+                gate_bias = _addends(gate_bias_ptr, bias_ptr, place, at, in_n, HAS_GATE_BIAS, False)
+                residual = _addends(bias_ptr, residual_ptr, place, at, in_n, False, HAS_RESIDUAL)
                 if SPLITS > 1:
                     y = _joined(own, in_n, PLANES * N, SPLITS, CHUNK) + bias
                 else:
@@ -238,5 +210,6 @@ if triton is not None:
                     y *= _activate(z + gate_bias, ACTIVATION)
                 else:
                     y = _activate(y, ACTIVATION)
-                y = y * given + residual
-                tl.store(y_ptr + b * N + at, y.to(y_ptr.dtype.element_ty), mask=in_n)
+                if HAS_GIVEN:
+                    y *= tl.load(given_ptr + place, mask=in_n, other=0.0).to(tl.float32)
+                tl.store(y_ptr + place, (y + residual).to(y_ptr.dtype.element_ty), mask=in_n)
