@@ -36,8 +36,8 @@ test: $(STAMP)
 
 # On a machine with a GPU: kernels compiled instead of interpreted, and the tests that need one.
 test-gpu: $(STAMP)
-	$(PY) -m pytest tests/kernels tests/test_engine_step.py tests/test_engine.py tests/test_engine_thresholds.py tests/test_backends.py \
-	  tests/test_sparse_prefill.py tests/test_sketch.py $(ARGS)
+	$(PY) -m pytest tests/kernels tests/test_engine.py tests/test_engine_step.py tests/test_engine_sketched.py tests/test_engine_thresholds.py \
+	  tests/test_backends.py tests/test_ffsplit.py tests/test_sketch.py tests/test_sparse_prefill.py tests/test_teal_attention.py $(ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

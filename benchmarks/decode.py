@@ -44,7 +44,7 @@ from gnomon.budget import Budget
 from gnomon.engine.decide import Fused
 from gnomon.engine.engine import Engine
 from gnomon.engine.graph import Replay
-from gnomon.engine.weights import StepWeights, laid_out
+from gnomon.engine.weights import StepWeights, lay_out
 from gnomon.env import versions
 from gnomon.evaluation.decoding import Cell, Contender, decode_row, from_prompt, open_dense
 from gnomon.evaluation.hf_decode import hf_decode
@@ -107,17 +107,18 @@ def _shape(bench: Bench, cells: list[Cell], limit: Limit, write: Any) -> None:
                 hf[cell] = hf_decode(
                     bench.model, _tokens(bench, cell), cfg.steps, cfg.warmup, cfg.hf
                 ).median
-    with laid_out(bench.model, bench.spec) as shared:
-        weights = shared.quantized() if cfg.int8 else shared
-        for cell in cells:
-            if limit.over(f"{bench.shape} batch {cell.batch} context {cell.context}"):
-                continue
-            about = {} if cell not in hf else {"ms_hf": hf[cell], "hf": cfg.hf}
-            try:
-                _cell(bench, cell, weights, limit, lambda row, about=about: write(row | about))
-            except (ValueError, torch.OutOfMemoryError) as error:  # other cells may still fit
-                write({"shape": bench.shape, "policy": "dense twin", "error": _first(error)})
-            _free()
+    # No copy back at the end, which would hold all weights twice: this host is thrown away.
+    shared = lay_out(bench.model, bench.spec)
+    weights = shared.quantized() if cfg.int8 else shared
+    for cell in cells:
+        if limit.over(f"{bench.shape} batch {cell.batch} context {cell.context}"):
+            continue
+        about = {} if cell not in hf else {"ms_hf": hf[cell], "hf": cfg.hf}
+        try:
+            _cell(bench, cell, weights, limit, lambda row, about=about: write(row | about))
+        except (ValueError, torch.OutOfMemoryError) as error:  # other cells may still fit
+            write({"shape": bench.shape, "policy": "dense twin", "error": _first(error)})
+        _free()
 
 
 def _cell(

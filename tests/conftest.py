@@ -110,9 +110,13 @@ def network_off() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed() -> None:
-    """Every test starts from the same torch seed."""
+def fresh_state() -> None:
+    """Every test starts from the same torch seed, and with products in full fp32.
+
+    A training that a test runs allows TF32 for the rest of the process.
+    """
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
