@@ -202,15 +202,16 @@ def launch_columns(
 def _tiles(
     rows: int, width: int, groups: int, together: int, device: torch.device
 ) -> tuple[int, int, int, int, int]:
-    """Rows that a warp sums in registers, warps, columns of a tile, splits of the list, warps.
+    """Steps of a sum, rows of each, columns of a tile, splits of the list, warps.
 
-    A program asks for 16 rows of 256 columns at once, or of a narrow sum for 64 rows of 64 columns,
-    so that splits stay few; five of 96 registers are resident on a processor. What else was timed:
+    One sequence: a program asks for 16 rows of 256 columns at once, or of a narrow sum for 64 rows
+    of 64 columns, so that splits stay few; five of at most 96 registers (Triton 3.6) are resident
+    on a processor. More sequences: 8 rows, and four programs. What else was timed on an H100:
     benchmarks/results/kernels/h100_split_sums.txt.
     """
     resident = 5 if together == 1 else 4
     unroll, block_d = 4 if together == 1 else 2, 256
-    if together == 1 and width <= 3000:
+    if together == 1 and width <= column_words.NARROW:
         unroll, block_d = 16, 64
     block_d = min(block_d, power_of_two(width))
     programs = -(-width // block_d) * groups

@@ -5,7 +5,7 @@
 
 x (B, S·block); weight_t (N, D) int8, read as words of four (:mod:`gnomon.kernels.packed`), D a
 multiple of four; y (B, D). Specification: ``column_gather_reference``. Tiles are narrower than in
-``column_gemv.py``, which launches it, so that fewer splits have to be added.
+``column_gemv.py``, which launches it, where sums are wide, so that fewer splits have to be added.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ try:
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
+NARROW = 3000  # outputs of a sum up to which its tiles are narrow
 
 if triton is not None:
 
@@ -183,11 +184,11 @@ def tiles(
 ) -> tuple[int, int, int, int, int]:
     """Rows that a thread sums, lanes that sum others, columns of a tile, splits of the list, warps.
 
-    128 columns, or 64 of few: half or a quarter of what tiles of bf16 have, which leaves as many
+    128 columns, or 64 of few: of a wide sum half of what tiles of bf16 have, which leaves as many
     splits less to add, and those are what a short sum takes its time for
     (benchmarks/results/kernels/h100_words_tuning.txt).
     """
-    block_d = min(128 if width > 3000 else 64, power_of_two(width))
+    block_d = min(128 if width > NARROW else 64, power_of_two(width))
     lanes, unroll = 2048 // block_d, max(1, 8 // together)
     programs = -(-width // block_d) * groups
     splits = max(1, min(64, 4 * processors(device) // programs, -(-rows // (lanes * unroll))))

@@ -202,7 +202,8 @@ def gathered_ffn(
     """The whole FFN: two registered operators, (B, W) -> (B, D) in x's dtype.
 
     Arguments as in :func:`ffn_up_reference`, and of the down projection ``down_t`` (F, D),
-    ``down_bias`` (D,), ``down_scale`` (F,). Its list is older than the launch before it: than h.
+    ``down_bias`` (D,), ``down_scale`` (F,). ``early`` is a promise about the first half alone: by
+    the second the list is always complete, since the launch before it is the first half.
     """
     h = ffn_up(
         x, up, gate, index, count, activation, up_bias, gate_bias, up_scale, gate_scale, early=early

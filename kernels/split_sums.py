@@ -1,8 +1,8 @@
-"""Sums that several programs share: how the last of them adds the splits up and stores them.
+"""Sums that several programs share: how the last of them adds the splits up.
 
 A program stores its split's sums, takes a ticket, and the one with the last ticket adds all splits
 in their order, so that the result is the same every time. What follows the ticket waits for memory
-once: bias and residual are asked for beside all splits.
+as seldom as registers allow: splits are asked for side by side.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
 
+REGISTERS = 80  # of a thread, for splits that are asked for side by side
+LEAST = 4  # splits at once, where even so few take more
+
+
 def at_once(splits: int, per_thread: int) -> int:
-    """Splits that a thread asks for before it adds them, each ``per_thread`` numbers of its own."""
-    most = max(4, 80 // per_thread)
+    """Splits that a thread asks for before it adds them, each ``per_thread`` numbers of its own.
+
+    Rounds are of one size: 33 splits in rounds of at most 10 are four of 9.
+    """
+    most = max(LEAST, REGISTERS // per_thread)
     return -(-splits // -(-splits // most))
 
 

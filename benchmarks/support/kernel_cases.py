@@ -202,7 +202,7 @@ def _gathered_ffn(m: Make, kept: float) -> Case:
             *scales,
             down_scale,
             early=m.cfg.early,
-        ),  # fmt: skip
+        ),
         reference,
         lambda: F.linear(_dense_up(x, up_dense, gate_dense), turned),
         _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale, down, down_scale),

@@ -133,7 +133,8 @@ class StepWeights:
 def laid_out(model: nn.Module, spec: HostSpec) -> Iterator[StepWeights]:
     """Lays a host's weights out for the kernels; puts its own layout back on exit.
 
-    At any time the weights of one layer at most are held twice.
+    At any time the weights of one layer at most are held twice, on exit as long as nobody holds
+    what was yielded.
     """
     try:
         yield lay_out(model, spec)

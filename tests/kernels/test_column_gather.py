@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from gathered import DTYPES, LISTS, SHAPES, lists, poison, weights
+from gnomon.kernels import column_gemv
 from gnomon.kernels.column_gather import (
     column_gather,
     column_gather_reference,
     column_gather_triton,
 )
 from gnomon.kernels.gather_common import rows_wanted
+from gnomon.kernels.split_sums import at_once
 from tolerances import TOLERANCE, relative_rms
 
 
@@ -125,6 +127,19 @@ def test_unwanted_channels_are_not_read(
     for op in (column_gather_reference, column_gather_triton, column_gather):
         y = op(**given, wanted=wanted)
         assert relative_rms(y, expected) < TOLERANCE[dtype if rounded else torch.float32]
+
+
+def test_more_splits_than_are_asked_for_at_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a large GPU: several rounds of splits, the last of which is not full."""
+    monkeypatch.setattr(column_gemv, "processors", lambda device: 132)
+    _, _, columns, splits, warps = column_gemv._tiles(300, 256, 1, 4, device)
+    together = at_once(splits, 4 * columns // (32 * warps))
+    assert splits > together and splits % together
+    given = arguments(3, 256, 300, 1, "all", torch.bfloat16, device)
+    y = column_gather_triton(**given)
+    assert relative_rms(y, column_gather_reference(**given)) < TOLERANCE[torch.bfloat16]
 
 
 def test_output_dtype_and_registration(device: torch.device) -> None:
