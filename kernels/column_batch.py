@@ -24,7 +24,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _reads, _rows
-    from gnomon.kernels.split_sums import _addends, _joined
+    from gnomon.kernels.split_sums import _addend, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -112,7 +112,8 @@ if triton is not None:
             if SPLITS > 1:
                 tl.store(ticket, 0)
                 y = _joined(at, mask, D, SPLITS, CHUNK)
-            y += _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
+            y += _addend(bias_ptr, column, mask, HAS_BIAS)
+            y += _addend(residual_ptr, place, mask, HAS_RESIDUAL)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -24,7 +24,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from gnomon.kernels.gather_common import _load_rows, _reads, _rows
-    from gnomon.kernels.split_sums import _addends, _joined
+    from gnomon.kernels.split_sums import _addend, _joined
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -120,7 +120,8 @@ if triton is not None:
             ticket = ticket_ptr + group * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
-            more = _addends(bias_ptr, residual_ptr, place, column, mask, HAS_BIAS, HAS_RESIDUAL)
+            more = _addend(bias_ptr, column, mask, HAS_BIAS)
+            more += _addend(residual_ptr, place, mask, HAS_RESIDUAL)
             if SPLITS > 1:
                 tl.store(ticket, 0)
                 y = _joined(at, mask, D, SPLITS, CHUNK)

@@ -22,7 +22,7 @@ try:
     from gnomon.kernels.gather_common import _load_rows, _reads, _rows
     from gnomon.kernels.packed import _numbers, _power, _woven
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _addends, _joined
+    from gnomon.kernels.split_sums import _addend, _joined
 except ImportError:  # Triton ships for Linux only; the reference needs nothing
     triton = None
 
@@ -171,7 +171,8 @@ if triton is not None:
                 tl.store(ticket, 0)
             for m in tl.static_range(BATCH):
                 mask, place = d < tl.where(first + m < B, D, 0), (first + m).to(tl.int64) * D + d
-                more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
+                more = _addend(bias_ptr, d, mask, HAS_BIAS)
+                more += _addend(residual_ptr, place, mask, HAS_RESIDUAL)
                 y = ys[m]  # type: ignore[var-annotated]
                 if SPLITS > 1:
                     at = partial_ptr + (first + m).to(tl.int64) * (SPLITS * D) + d

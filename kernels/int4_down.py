@@ -21,7 +21,7 @@ try:
 
     from gnomon.kernels.packed import _field, _power, _woven
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _addends, _joined
+    from gnomon.kernels.split_sums import _addend, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -136,7 +136,8 @@ if triton is not None:
             ticket = ticket_ptr + b * tl.num_programs(0) + tile
             last = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
         if last:
-            more = _addends(bias_ptr, residual_ptr, place, d, mask, HAS_BIAS, HAS_RESIDUAL)
+            more = _addend(bias_ptr, d, mask, HAS_BIAS)
+            more += _addend(residual_ptr, place, mask, HAS_RESIDUAL)
             if SPLITS > 1:
                 tl.store(ticket, 0)
                 y = _joined(at, mask, D, SPLITS, CHUNK)

@@ -15,7 +15,6 @@ except ImportError:  # Triton ships for Linux only; the references need nothing
 
 
 REGISTERS = 80  # of a thread, for splits that are asked for side by side
-LEAST = 4  # splits at once, where even so few take more
 
 
 def at_once(splits: int, per_thread: int) -> int:
@@ -23,7 +22,7 @@ def at_once(splits: int, per_thread: int) -> int:
 
     Rounds are of one size: 33 splits in rounds of at most 10 are four of 9.
     """
-    most = max(LEAST, REGISTERS // per_thread)
+    most = max(1, REGISTERS // per_thread)
     return -(-splits // -(-splits // most))
 
 
@@ -41,13 +40,9 @@ if triton is not None:
         return y
 
     @triton.jit
-    def _addends(  # type: ignore[no-untyped-def]
-        bias_ptr, residual_ptr, place, d, mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-    ):
-        """Bias of the outputs d and residual at ``place``, both as large as ``mask``: 0 if none."""
+    def _addend(ptr, place, mask, HAS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A bias or residual at ``place``, as large as ``mask``, in fp32; 0 where there is none."""
         y = tl.zeros(mask.shape, dtype=tl.float32)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if HAS:
+            y += tl.load(ptr + place, mask=mask, other=0.0).to(tl.float32)
         return y

@@ -96,7 +96,7 @@ def launch_walk(
         UNROLL=shape.unroll // rounds,
         LANES=lanes,
         BLOCK_N=shape.block_n,
-        CHUNK=at_once(shape.splits, together * (4 if gated else 2)),
+        CHUNK=at_once(shape.splits, 2 * together * (1 + gated)),  # a word has two outputs
         num_warps=shape.warps,
         **pdl(x.device),
     )

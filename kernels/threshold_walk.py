@@ -23,7 +23,7 @@ try:
     from gnomon.kernels.gather_common import _activate
     from gnomon.kernels.packed import _numbers
     from gnomon.kernels.sketch_gemv import _zeros
-    from gnomon.kernels.split_sums import _addends, _joined
+    from gnomon.kernels.split_sums import _addend, _joined
 except ImportError:  # Triton ships for Linux only; the references need nothing
     triton = None
 
@@ -195,9 +195,9 @@ if triton is not None:
                 b, at = tl.minimum(first + j // EACH, B - 1), n * EACH + j % EACH
                 own = partial_ptr + b * (SPLITS * PLANES * N) + at
                 place = b * N + at
-                bias = _addends(bias_ptr, bias_ptr, place, at, in_n, HAS_BIAS, False)
-                gate_bias = _addends(gate_bias_ptr, bias_ptr, place, at, in_n, HAS_GATE_BIAS, False)
-                residual = _addends(bias_ptr, residual_ptr, place, at, in_n, False, HAS_RESIDUAL)
+                bias = _addend(bias_ptr, at, in_n, HAS_BIAS)
+                gate_bias = _addend(gate_bias_ptr, at, in_n, HAS_GATE_BIAS)
+                residual = _addend(residual_ptr, place, in_n, HAS_RESIDUAL)
                 if SPLITS > 1:
                     y = _joined(own, in_n, PLANES * N, SPLITS, CHUNK) + bias
                 else:

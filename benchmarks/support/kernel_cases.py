@@ -182,27 +182,14 @@ def _gathered_ffn(m: Make, kept: float) -> Case:
     act = "silu" if s.gated else "relu"
     scales = (up_scale, gate_scale)
     up_args = (x, up, gate, index, None, act, None, None, *scales)
+    args = (x, up, down, gate, index, None, act, None, None, None, *scales, down_scale)
 
     def reference() -> Tensor:
         h = ffn_up_reference(*up_args)
         return column_gather_reference(h, down, index, 1, None, down_scale, None, None, x.dtype)
 
     return Case(
-        lambda: gathered_ffn(
-            x,
-            up,
-            down,
-            gate,
-            index,
-            None,
-            act,
-            None,
-            None,
-            None,
-            *scales,
-            down_scale,
-            early=m.cfg.early,
-        ),
+        lambda: gathered_ffn(*args, early=m.cfg.early),
         reference,
         lambda: F.linear(_dense_up(x, up_dense, gate_dense), turned),
         _share(index, s.F) * _nbytes(up, up_scale, gate, gate_scale, down, down_scale),

@@ -143,9 +143,11 @@ def test_whole_ffn_and_registration(device: torch.device) -> None:
     for key in ("norm", "norm_weight"):
         del given[key]
     down_t, bias = torch.randn(33, 20, device=device), torch.randn(20, device=device)
-    y = gathered_ffn(**given, down_t=down_t, down_bias=bias)
     h = ffn_up_reference(**given)
-    assert relative_rms(y, h @ down_t[given["index"].long()] + bias) < TOLERANCE[torch.float32]
+    expected = h @ down_t[given["index"].long()] + bias
+    for early in (False, True):
+        y = gathered_ffn(**given, down_t=down_t, down_bias=bias, early=early)
+        assert relative_rms(y, expected) < TOLERANCE[torch.float32]
     torch.library.opcheck(ffn_up, (), given)
 
 
